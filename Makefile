@@ -1,0 +1,41 @@
+# `make` lists the targets. The first one that needs it sets up .venv (uv inside, nothing outside).
+BIN := .venv/bin
+READY := .venv/.ready
+NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/*.ipynb)))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lock refresh clean $(NOTEBOOKS)
+
+help:            ## list the targets
+	@echo "make NAME executes notebooks/NAME.ipynb on the embedded data: $(NOTEBOOKS)"
+	@echo "  more parameters: make table1 ARGS='-p preset short -p dataset cifar10'"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(READY)  ## set up .venv (the other targets do it when needed)
+
+$(READY): requirements.txt pyproject.toml
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; python3 is $$(python3 -V 2>&1)."; exit 1; }
+	@test -x $(BIN)/python || python3 -m venv .venv || { rm -rf .venv; echo "python3 could not make .venv; on Debian and Ubuntu: apt install python3-venv."; exit 1; }
+	$(BIN)/python -m pip install --quiet "uv>=0.8"
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet -r requirements.txt
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --no-deps -e .
+	@touch $@
+
+$(NOTEBOOKS): $(READY)
+	@mkdir -p runs
+	$(BIN)/papermill --cwd notebooks --log-output --no-progress-bar notebooks/$@.ipynb runs/$@.ipynb $(ARGS)
+
+test: $(READY)   ## the test suite, and nbval over every notebook
+	$(BIN)/python -m pytest
+	dir=$$(mktemp -d) && STAA_RUNS=$$dir/runs STAA_FIGURES=$$dir/figures \
+		$(BIN)/python -m pytest --nbval --nbval-cell-timeout=1200 notebooks; status=$$?; rm -rf $$dir; exit $$status
+
+lock: $(READY)   ## renew requirements.txt from pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate --no-header \
+		--upgrade pyproject.toml --output-file requirements.txt
+
+refresh: $(READY) ## execute every notebook in place: the outputs that are committed
+	$(BIN)/jupyter nbconvert --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+
+clean:           ## remove .venv (runs/ and figures/ stay)
+	rm -rf .venv

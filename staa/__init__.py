@@ -1,0 +1,12 @@
+"""STAA-SNN: spiking neurons with a spatial-temporal attention aggregator (CVPR 2025), a reproducible companion."""
+
+from .attention import GlobalContext, PositionEncoding, STAALIF, StepAttention
+from .config import Config
+from .networks import NETWORKS, NEURONS, build, firing_rates, neurons
+from .neuron import LIF, rectangle
+from .records import Record
+from .train import run
+
+__version__ = "0.1.0"
+__all__ = ["LIF", "STAALIF", "PositionEncoding", "GlobalContext", "StepAttention", "rectangle", "build", "neurons",
+           "firing_rates", "NETWORKS", "NEURONS", "Config", "Record", "run"]

@@ -1,0 +1,174 @@
+"""The spatial-temporal attention aggregator inside a LIF neuron: section 3, eqs. 6-14 and TSRD.
+
+    X~[t] = GC(X[t] + PE[t])                                    (eqs. 7-11, 13)
+    M[t]  = alpha sigmoid(W_2 ReLU(W_1 avgpool(Hm[t-1] + X~[t])))   (eq. 12)
+    U[t]  = M[t] Hm[t-1] + N[t] X~[t],   N[t] = alpha - M[t]    (eqs. 6, 14)
+
+and then the neuron fires and resets as ever (eqs. 2, 3). The text of the paper gives the blocks and their order; their
+inner form follows the literature it cites (GCNet for GC, squeeze-and-excitation for the gate), and N = alpha - M is
+our reading: with the gate at 1/2 and alpha = 2 the aggregator starts as the plain addition that TSRD falls back to.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .neuron import LIF, over_time
+
+PE_KINDS = ("learned", "fixed")
+PE_PLACES = ("input", "membrane", "both", "output")
+
+
+class PositionEncoding(nn.Module):
+    """PE[t] of eq. 11: one number a time step and channel, added over batch and space; x (T, B, C, H, W).
+
+    kind "learned" starts at zero; "fixed" is the sinusoid of Vaswani et al. over t and c (section 4.3 compares them).
+    The shape (T, 1, C, 1, 1) is our reading; it is stored as (T, C), since `Module.to(memory_format=...)` refuses
+    parameters of rank 5.
+    """
+
+    def __init__(self, channels: int, T: int, kind: str = "learned"):
+        super().__init__()
+        if kind not in PE_KINDS:
+            raise ValueError(f"pe_kind must be one of {', '.join(PE_KINDS)}, got {kind!r}")
+        if kind == "learned":
+            self.weight = nn.Parameter(torch.zeros(T, channels))
+        else:
+            self.register_buffer("weight", sinusoid(T, channels), persistent=False)
+
+    def per_step(self) -> Tensor:
+        """PE as (T, 1, C, 1, 1)."""
+        return self.weight[:, None, :, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.per_step()
+
+
+def sinusoid(T: int, channels: int) -> Tensor:
+    """(T, C): sin(t / 10000^(c/C)) in even channels c, the cosine of the same angle in the odd channel after it."""
+    t = torch.arange(T).unsqueeze(1)
+    c = torch.arange(channels)
+    angle = t * torch.exp(-math.log(10000.0) * (c - c % 2) / channels)
+    return torch.where(c % 2 == 0, angle.sin(), angle.cos())
+
+
+def zero(layer: nn.Conv2d):
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+class GlobalContext(nn.Module):
+    """GC block, eqs. 7-10: x (N, C, H, W) + v, where v (N, C, 1, 1) is the context that attention over space picks.
+
+    r divides the channels of the query (the paper's scaling coefficient, 4); at least one channel is left.
+    """
+
+    def __init__(self, channels: int, r: int = 4):
+        super().__init__()
+        hidden = max(channels // r, 1)
+        self.key = nn.Conv2d(channels, 1, 1)
+        self.query = nn.Conv2d(channels, hidden, 1)
+        self.norm = nn.LayerNorm(hidden)
+        self.value = nn.Conv2d(hidden, channels, 1)
+        zero(self.value)  # as in GCNet: the block starts as the identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = self.key(x).flatten(2).softmax(-1)                                # (N, 1, HW), eq. 7
+        context = x.flatten(2) @ k.transpose(1, 2)                            # (N, C, 1)
+        q = self.query(context.unsqueeze(-1)).flatten(1)                      # (N, C/r)
+        q = self.norm(q).relu()[..., None, None]                              # (N, C/r, 1, 1), eq. 8
+        return x + self.value(q)                                              # eqs. 9, 10
+
+
+class StepAttention(nn.Module):
+    """SA block, eq. 12: M (B, C, 1, 1) in (0, alpha) from Hm[t-1] and X~[t], both (B, C, H, W)."""
+
+    def __init__(self, channels: int, alpha: float = 2.0):
+        super().__init__()
+        hidden = max(channels // 4, 1)
+        self.alpha = alpha
+        self.squeeze = nn.Conv2d(channels, hidden, 1)
+        self.excite = nn.Conv2d(hidden, channels, 1)
+        zero(self.excite)  # our reading of "initial speed": M starts at alpha / 2
+
+    def forward(self, hm: Tensor, x: Tensor) -> Tensor:
+        pooled = (hm + x).mean((-2, -1), keepdim=True)
+        return self.alpha * self.excite(self.squeeze(pooled).relu()).sigmoid()
+
+
+class STAALIF(LIF):
+    """LIF neuron with the spatial-temporal attention aggregator: current (T, B, C, H, W) in, spikes out.
+
+    channels, T: sizes of the axes C and T of the current.
+    gc, pe, sa: each block by itself. Without SA the aggregator is the plain LIF's fixed mixing, eq. 1, of the
+        attended input; with all blocks off and beta = 0 the neuron is `LIF`.
+    r: scaling coefficient of GC. alpha: scaling factor of SA.
+    beta: TSRD (section 3.2). In training each time step drops the whole aggregator with this probability, one draw
+        for the batch, and adds instead: U[t] = Hm[t-1] + X[t]. Never in evaluation.
+    pe_kind: "learned" or "fixed" (section 4.3).
+    pe_place: where PE is added (Figure 2; the letters are our reading): "input" before aggregation (c, the paper's
+        choice), "membrane" (b), "both" with an encoding each (d), "output" after aggregation (e).
+    The remaining settings are those of `LIF`.
+    """
+
+    def __init__(self, channels: int, T: int, *, gc: bool = True, pe: bool = True, sa: bool = True, r: int = 4,
+                 alpha: float = 2.0, beta: float = 0.1, pe_kind: str = "learned", pe_place: str = "input", **lif):
+        super().__init__(**lif)
+        if channels < 1 or T < 1:
+            raise ValueError(f"channels and T must be at least 1, got channels={channels} and T={T}")
+        if r < 1:
+            raise ValueError(f"r, the scaling coefficient of GC, must be at least 1, got {r}")
+        if not alpha > 0:
+            raise ValueError(f"alpha, the scaling factor of SA, must be above 0, got {alpha}")
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta, the probability of TSRD, must be between 0 and 1, got {beta}")
+        if pe_place not in PE_PLACES:
+            raise ValueError(f"pe_place must be one of {', '.join(PE_PLACES)}, got {pe_place!r}")
+        self.channels, self.T, self.beta = channels, T, beta
+
+        def encoding(*places):
+            return PositionEncoding(channels, T, pe_kind) if pe and pe_place in places else None
+
+        self.pe_input = encoding("input", "both")
+        self.pe_membrane = encoding("membrane", "both")
+        self.pe_output = encoding("output")
+        self.gc = GlobalContext(channels, r) if gc else None
+        self.sa = StepAttention(channels, alpha) if sa else None
+
+    def attend(self, x: Tensor) -> Tensor:
+        """X~ = GC(X + PE) for all time steps at once, eqs. 7-11 and 13."""
+        if self.pe_input is not None:
+            x = self.pe_input(x)
+        if self.gc is not None:
+            x = self.gc(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return x
+
+    def mix(self, hm: Tensor, x: Tensor) -> Tensor:
+        """U[t] from Hm[t-1] and X~[t]: eq. 14, or eq. 1 where SA is off."""
+        if self.sa is None:
+            return self.charge(hm, x)
+        m = self.sa(hm, x)
+        return m * hm + (self.sa.alpha - m) * x
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 5 or x.shape[0] != self.T or x.shape[2] != self.channels:
+            raise ValueError(f"this STAALIF takes (T={self.T}, B, C={self.channels}, H, W), got {tuple(x.shape)}")
+        # The draws are the CPU generator's, so that a GPU is never waited for.
+        dropped = (torch.rand(self.T) < self.beta).tolist() if self.training and self.beta else [False] * self.T
+        pe_membrane, pe_output = (None if pe is None else pe.per_step() for pe in (self.pe_membrane, self.pe_output))
+        attended = self.attend(x)
+        hm = torch.full_like(x[0], self.v_reset)
+        spikes = []
+        for t, (x_t, xa_t) in enumerate(zip(x.unbind(), attended.unbind())):
+            if dropped[t]:
+                u = hm + x_t
+            else:
+                u = self.mix(hm if pe_membrane is None else hm + pe_membrane[t], xa_t)
+                u = u if pe_output is None else u + pe_output[t]
+            s, hm = self.fire(u)
+            spikes.append(s)
+        return over_time(spikes)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, T={self.T}, beta={self.beta}, {super().extra_repr()}"

@@ -1,0 +1,156 @@
+"""Config: everything that decides the outcome of one training run, validated, with a hash that names the run."""
+
+import hashlib
+import inspect
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import get_type_hints
+
+from .data import AUGMENTATIONS, DATASETS, describe
+from .networks import NETWORKS, NEURONS
+
+PRECISIONS = ("float32", "bf16")
+
+
+class ConfigError(ValueError):
+    """A setting that is not allowed; the message is one sentence that says what is."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. The same Config gives the same record, to the bit, on the same CPU.
+
+    Raises ConfigError on an unknown name, a wrong type (the text "1e-3" for a number) or an impossible value.
+    """
+
+    # data
+    dataset: str = "digits"            # a name of staa.data.DATASETS; "imagefolder:NAME" is the folder NAME
+    image_size: int = 32               # pixels; CIFAR is 32
+    train_images: int = 0              # 0: all; else a fixed subset, the same share of every class
+    augment: str = "none"              # a name of staa.data.AUGMENTATIONS
+    # network
+    network: str = "resnet20"          # a name of staa.networks.NETWORKS
+    width: float = 1.0                 # multiplies the channels of every layer
+    neuron: str = "staa"               # a name of staa.networks.NEURONS
+    neuron_settings: dict = field(default_factory=dict)  # the neuron's own, e.g. {"r": 8, "beta": 0.0}; the rest default
+    T: int = 4                         # time steps
+    # training: SGD, cosine schedule down to 0
+    epochs: int = 1
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup_epochs: int = 0             # the learning rate rises linearly over these epochs
+    label_smoothing: float = 0.0
+    clip_norm: float = 0.0             # 0: gradients are not clipped
+    seed: int = 0
+    # arithmetic
+    precision: str = "float32"         # "bf16": mixed precision
+    channels_last: bool = True
+    threads: int = 1                   # of the CPU; it is here because sums depend on it in their last bits
+
+    def __post_init__(self):
+        for name, kind in get_type_hints(Config).items():
+            object.__setattr__(self, name, typed(name, getattr(self, name), kind))
+        base, _, folder = self.dataset.partition(":")
+        if base not in DATASETS or bool(folder) != (":" in self.dataset) or folder and base != "imagefolder":
+            raise ConfigError(f"dataset must be one of {', '.join(DATASETS)} or imagefolder:NAME, got {self.dataset!r}")
+        one_of("augment", self.augment, AUGMENTATIONS)
+        one_of("network", self.network, NETWORKS)
+        one_of("neuron", self.neuron, NEURONS)
+        one_of("precision", self.precision, PRECISIONS)
+        for name, least in {"T": 1, "epochs": 1, "batch_size": 1, "image_size": 4, "threads": 1, "train_images": 0,
+                            "seed": 0, "warmup_epochs": 0, "clip_norm": 0, "weight_decay": 0}.items():
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("lr", "width"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
+        for name in ("momentum", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.warmup_epochs > self.epochs:
+            raise ConfigError(f"warmup_epochs must not exceed epochs ({self.epochs}), got {self.warmup_epochs}")
+        size = describe(self.dataset).size
+        if size and self.image_size != size:
+            raise ConfigError(f"image_size of {self.dataset} must be {size}, got {self.image_size}")
+        self._check_neuron()
+
+    def _check_neuron(self):
+        """Fill neuron_settings with the neuron's defaults, so that the record is whole, and let the neuron judge them."""
+        allowed = settings_of(NEURONS[self.neuron])
+        for name in self.neuron_settings:
+            if name not in allowed:
+                raise ConfigError(f"neuron_settings of {self.neuron} must be among {', '.join(allowed)}, got {name!r}")
+        settings = {name: typed(f"neuron_settings {name}", self.neuron_settings.get(name, default), kind)
+                    for name, (kind, default) in allowed.items()}
+        try:
+            NEURONS[self.neuron](8, T=self.T, **settings)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        object.__setattr__(self, "neuron_settings", settings)
+
+    @property
+    def json(self) -> str:
+        """Canonical JSON: sorted keys, every setting written out."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(self.json.encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        """Readable name of the run; the hash makes it unique."""
+        dataset = self.dataset.replace(":", "_").replace("/", "_")
+        return f"{dataset}-{self.network}-{self.neuron}-T{self.T}-s{self.seed}-{self.hash}"
+
+    def __str__(self) -> str:
+        return f"{self.dataset} {self.network} {self.neuron} T={self.T} seed={self.seed}"
+
+    def __hash__(self) -> int:
+        return hash(self.json)
+
+    def but(self, **changes) -> "Config":
+        """The same run with other settings."""
+        check_names(changes)
+        return replace(self, **changes)
+
+    @classmethod
+    def from_dict(cls, settings: dict) -> "Config":
+        check_names(settings)
+        return cls(**settings)
+
+
+def check_names(settings):
+    allowed = [f.name for f in fields(Config)]
+    for name in settings:
+        if name not in allowed:
+            raise ConfigError(f"a setting must be one of {', '.join(allowed)}, got {name!r}")
+
+
+def one_of(name: str, value, allowed):
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def typed(name: str, value, kind: type):
+    """value as `kind`: a whole number may stand for a float, nothing else is converted."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        hint = "; in YAML write 1.0e-3 for 1e-3" if kind is float and type(value) is str else ""
+        words = {int: "a whole number", float: "a number", bool: "True or False", str: "text", dict: "a dictionary"}
+        raise ConfigError(f"{name} must be {words[kind]}, got {type(value).__name__} {value!r}{hint}")
+    return value
+
+
+def settings_of(neuron: type) -> dict[str, tuple[type, object]]:
+    """The keyword-only settings of a neuron's constructor and of its bases': name -> (type, default)."""
+    found = {}
+    for cls in inspect.getmro(neuron):
+        if "__init__" in vars(cls) and cls.__module__.partition(".")[0] != "torch":
+            for p in inspect.signature(cls.__init__).parameters.values():
+                if p.kind is p.KEYWORD_ONLY:
+                    found.setdefault(p.name, (p.annotation, p.default))
+    return found

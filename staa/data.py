@@ -1,0 +1,219 @@
+"""Datasets by name, their augmentation, and batches that depend on nothing but the seed and the epoch."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.transforms import InterpolationMode, v2
+
+from .records import folder
+
+
+class DataError(RuntimeError):
+    """A dataset that is not there or damaged; the message is one sentence: what was looked for, where, how to get it."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What is fixed about a dataset: input channels, size in pixels (0: any), mean and deviation of its channels."""
+
+    channels: int
+    size: int
+    mean: tuple
+    std: tuple
+    source: str
+
+
+DATASETS = {
+    "digits": About(1, 0, (0.30518,), (0.37599,), "scikit-learn's 1,797 handwritten digits"),
+    "cifar10": About(3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR-10"),
+    "cifar100": About(3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "CIFAR-100"),
+    "imagefolder": About(3, 0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "a folder of images"),
+}
+AUGMENTATIONS = ("none", "standard", "autoaugment", "imagenet")
+
+
+def describe(name: str) -> About:
+    return DATASETS[name.partition(":")[0]]
+
+
+class Cutout:
+    """Zero one square of `length` pixels whose centre is uniform over the image, clipped at the border (DeVries 2017).
+
+    torchvision's RandomErasing keeps the square inside the image, which is another distribution.
+    """
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __call__(self, image: Tensor) -> Tensor:
+        h, w = image.shape[-2:]
+        y, x = int(torch.randint(h, ())), int(torch.randint(w, ()))
+        half = self.length // 2
+        image = image.clone()
+        image[..., max(y - half, 0):y + half, max(x - half, 0):x + half] = 0
+        return image
+
+
+def transform(name: str, size: int, augment: str = "none") -> v2.Compose:
+    """Image to normalised tensor (C, size, size), for training with an augmentation's name, for testing with "none".
+
+    "standard": crop after padding by 4 (an eighth of 32 pixels) and flip. "autoaugment": and AutoAugment (CIFAR-10
+    policy) and Cutout 16, as the authors' code does. "imagenet": random resized crop and flip.
+    """
+    about = describe(name)
+    if about.size == size:
+        fit = []
+    elif about.channels == 1:
+        fit = [v2.Resize((size, size), InterpolationMode.BILINEAR)]
+    else:  # 256 -> 224 of ImageNet, at any size
+        fit = [v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
+    if augment == "none":
+        steps = fit
+    elif augment == "imagenet":
+        steps = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+    else:
+        steps = fit + [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
+        if augment == "autoaugment":
+            steps += [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)]
+    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(about.mean, about.std)]
+    if augment == "autoaugment":
+        steps += [Cutout(16)]
+    return v2.Compose(steps)
+
+
+class Digits(Dataset):
+    """scikit-learn's bundled digits as grey PIL images of 8 x 8; every fifth image of each class is for testing."""
+
+    def __init__(self, train: bool):
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        rank = np.zeros(len(digits.target), dtype=int)
+        for k in range(10):
+            rank[digits.target == k] = np.arange((digits.target == k).sum())
+        self.indices = np.flatnonzero((rank % 5 != 4) == train)
+        self.data = np.round(digits.images[self.indices] * (255 / 16)).astype(np.uint8)
+        self.targets = digits.target[self.indices].tolist()
+        self.classes = [str(k) for k in range(10)]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, i: int):
+        from PIL import Image
+
+        return Image.fromarray(self.data[i]), self.targets[i]
+
+
+def load(name: str, train: bool, root: Path | None = None) -> Dataset:
+    """The training or the test set, as (PIL image, label); `.targets` and `.classes` as in torchvision.
+
+    root defaults to the folder STAA_DATA, or data/sets. Raises DataError where the set is missing or damaged.
+    """
+    root = Path(root) if root else folder("data")
+    base, _, sub = name.partition(":")
+    if base == "digits":
+        return Digits(train)
+    if base == "imagefolder":
+        return _image_folder(root / (sub or base), train)
+    return _cifar({"cifar10": CIFAR10, "cifar100": CIFAR100}[base], root, train)
+
+
+def _cifar(cls, root: Path, train: bool) -> Dataset:
+    try:
+        try:
+            return cls(root, train, download=False)
+        except RuntimeError:  # not there, or its MD5 is wrong
+            root.mkdir(parents=True, exist_ok=True)
+            return cls(root, train, download=True)
+    except (OSError, RuntimeError, EOFError) as error:
+        raise DataError(
+            f"{cls.__name__} was looked for in {root / cls.base_folder}, is missing or damaged there and could not be "
+            f"downloaded ({error}); place the official {cls.filename} (MD5 {cls.tgz_md5}) in {root}, unpacked, or set "
+            "STAA_DATA to the folder that holds it.") from None
+
+
+class _Images(ImageFolder):
+    def __getitem__(self, i: int):
+        try:
+            return super().__getitem__(i)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"the image {self.samples[i][0]} cannot be read ({error}); replace or remove it.") from None
+
+
+def _image_folder(root: Path, train: bool) -> Dataset:
+    names = ["train"] if train else ["val", "test"]
+    for split in names:
+        if (root / split).is_dir():
+            try:
+                images = _Images(root / split)
+            except FileNotFoundError as error:
+                raise DataError(f"the folder {root / split} must hold one folder of images a class ({error}).") from None
+            others = sorted(e.name for other in ("train", "val", "test") if (root / other).is_dir()
+                            for e in os.scandir(root / other) if e.is_dir() and e.name not in images.classes)
+            if others:
+                raise DataError(f"the class folders of {root} must be the same in training and test, but "
+                                f"{others[0]!r} is not in {split}.")
+            return images
+    raise DataError(f"a dataset was looked for in {root / names[0]}{' or ' + names[1] if names[1:] else ''}, which is "
+                    "not there; it must hold one folder of images a class, and STAA_DATA names the folder above it.")
+
+
+def subset(targets: list[int], count: int) -> np.ndarray:
+    """Indices of a fixed subset of `count` images, the same for everyone, with the shares of the classes kept."""
+    targets = np.asarray(targets)
+    if count > len(targets):
+        raise DataError(f"train_images must be at most {len(targets)} for this dataset, got {count}.")
+    order = np.random.RandomState(0).permutation(len(targets))  # RandomState's stream is frozen by NumPy's policy
+    by_class = [order[targets[order] == k] for k in np.unique(targets)]
+    # Rank within the class over the class's size: the first `count` of this order keep the shares.
+    share = np.concatenate([(np.arange(len(m)) + 0.5) / len(m) for m in by_class])
+    return np.sort(np.concatenate(by_class)[np.argsort(share, kind="stable")[:count]])
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Twelve hex digits of SHA-256: of pixels and labels, or of a folder's file names and sizes."""
+    digest = hashlib.sha256()
+    if hasattr(dataset, "data"):
+        digest.update(np.ascontiguousarray(dataset.data).tobytes())
+        digest.update(np.asarray(dataset.targets, dtype=np.int64).tobytes())
+    else:
+        for path, label in dataset.samples:
+            digest.update(f"{Path(path).relative_to(dataset.root)} {os.path.getsize(path)} {label}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+class View(Dataset):
+    """Chosen indices of a dataset, transformed. Each sample's randomness depends on (seed, epoch, index) alone, so that
+    neither the number of worker processes nor an interruption changes what the network sees."""
+
+    def __init__(self, dataset: Dataset, indices, transform, seed: int = 0, epoch: int = 0):
+        self.dataset, self.indices, self.transform, self.seed, self.epoch = dataset, indices, transform, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int):
+        image, label = self.dataset[int(self.indices[i])]
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(mix(self.seed, self.epoch, i))
+            return self.transform(image), label
+
+
+def mix(*numbers: int) -> int:
+    """One well-mixed seed out of several small numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def batches(view: View, batch_size: int, *, shuffle: bool, workers: int = 0) -> DataLoader:
+    """Batches of a view: (B, C, H, W) float32 and (B,) labels; shuffled by (seed, epoch)."""
+    order = torch.Generator().manual_seed(mix(view.seed, view.epoch))
+    return DataLoader(view, batch_size, shuffle=shuffle, generator=order, num_workers=workers,
+                      pin_memory=torch.cuda.is_available())

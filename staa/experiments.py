@@ -1,0 +1,150 @@
+"""Which runs make up a table or a figure, at which preset; and running them all.
+
+A notebook's parameters become `Settings`; `table1(settings)` and its like turn them into the grid of Configs.
+"""
+
+import ast
+import os
+import queue
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+
+import torch
+
+from . import records
+from .config import Config, ConfigError
+from .records import Record
+from .train import run
+
+#: What a preset sets; every other setting has Config's default. What each is for stands in the README.
+PRESETS = {
+    "smoke": dict(dataset="digits", image_size=16, epochs=4, batch_size=32, lr=0.02),
+    "short": dict(dataset="cifar10", augment="autoaugment", epochs=50, precision="bf16"),
+    "paper": dict(dataset="cifar10", augment="autoaugment", epochs=500),
+}
+
+#: What "smoke" sets by network: narrow, and no smaller image than the network can halve.
+SMOKE = {"vgg13": dict(width=1 / 8, image_size=32), "resnet19": dict(width=1 / 8), "resnet20": dict(width=1 / 4)}
+
+#: Table 1's own rows.
+TABLE1 = [("vgg13", 2), ("vgg13", 4), ("resnet19", 1), ("resnet19", 2), ("resnet19", 4),
+          ("resnet20", 1), ("resnet20", 2), ("resnet20", 4)]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A notebook's parameters, checked: the preset, how many seeds, and what they change in every run."""
+
+    preset: str
+    seeds: int
+    changes: Mapping
+
+    def config(self, **item) -> Config:
+        """The run that an item of a grid asks for. An item wins over the preset, the reader's parameters over both."""
+        narrow = SMOKE.get(item.get("network"), {}) if self.preset == "smoke" else {}
+        return Config.from_dict(PRESETS[self.preset] | narrow | item | dict(self.changes))
+
+    def wants(self, **item) -> bool:
+        """Whether the reader's parameters leave this item in; `-p network resnet20` leaves the other networks out."""
+        return all(self.changes.get(name, value) == value for name, value in item.items())
+
+
+def settings(namespace: Mapping) -> Settings:
+    """Read the parameters of the notebook that calls: `settings(globals())`.
+
+    A parameter that is None keeps the preset's value. Raises ConfigError on a name that the notebook's parameters cell
+    does not have (papermill itself only warns) and on whatever the preset or Config does not allow.
+    """
+    cells = [source for source in namespace.get("In", []) if source.startswith("# Parameters")]
+    if not cells:
+        raise ConfigError("the cell tagged parameters must begin with '# Parameters' and have been run")
+    known, *injected = [assigned(source) for source in cells]  # papermill's own cell begins the same way
+    for name in set().union(*injected) - known:
+        raise ConfigError(f"a parameter of this notebook must be one of {', '.join(sorted(known))}, got {name!r}")
+    given = {name: namespace[name] for name in known if namespace[name] is not None}
+    preset, seeds = given.pop("preset", None), given.pop("seeds", None)
+    if preset not in PRESETS:
+        raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    if type(seeds) is not int or seeds < 1:
+        raise ConfigError(f"seeds, the number of seeds, must be a whole number of at least 1, got {seeds!r}")
+    found = Settings(preset, seeds, given)
+    found.config()  # complains now, before any work
+    return found
+
+
+def assigned(source: str) -> set[str]:
+    """The names that a cell assigns at its top level."""
+    return {target.id for node in ast.parse(source).body if isinstance(node, ast.Assign) for target in node.targets}
+
+
+def table1(settings: Settings) -> list[Config]:
+    """Table 1: each own row with STAA and, for comparison, with the plain LIF neuron; every seed."""
+    datasets = ["cifar10", "cifar100"] if settings.preset != "smoke" else ["digits"]
+    if "dataset" in settings.changes:
+        datasets = [settings.changes["dataset"]]
+    return [settings.config(dataset=dataset, network=network, T=T, neuron=neuron, seed=seed)
+            for dataset, (network, T), neuron, seed in product(datasets, TABLE1, ["staa", "lif"], range(settings.seeds))
+            if settings.wants(network=network, T=T, neuron=neuron)]
+
+
+def run_all(configs: list[Config], *, log: Callable[[str], None] = print) -> list[Record]:
+    """The records of these runs, in order. On CPU as many at once as cores allow, on a GPU one after the other.
+
+    Logs one line an epoch and one bar after each run. A run that fails does not stop the others; the first failure is
+    raised once all have ended, and what has ended stays in runs/.
+    """
+    log(bar(0, len(configs)))
+    found = {config: record for config in configs if (record := records.find(config))}
+    if found:
+        log(bar(len(found), len(configs), "complete before"))
+    failures = []
+    for config, outcome in _outcomes([config for config in configs if config not in found], log):
+        if isinstance(outcome, Exception):
+            failures.append(outcome)
+            log(f"{config}: failed: {outcome}")
+        else:
+            found[config] = outcome
+            log(bar(len(found), len(configs), str(config)))
+    if failures:
+        raise failures[0]
+    return [found[config] for config in configs]
+
+
+def _outcomes(configs, log):
+    """(config, Record or Exception) as each run ends."""
+    jobs = 1 if torch.cuda.is_available() else max((os.cpu_count() or 1) // max((c.threads for c in configs), default=1), 1)
+    if min(jobs, len(configs)) <= 1:
+        for config in configs:
+            yield config, attempt(config, log)
+        return
+    context = get_context("spawn")
+    with context.Manager() as manager:
+        lines = manager.Queue()
+        with ProcessPoolExecutor(min(jobs, len(configs)), mp_context=context) as pool:
+            # Longest first, so that no core is left with a long run at the end.
+            order = sorted(configs, key=lambda c: c.T * (c.network == "resnet19") + c.T, reverse=True)
+            pending = {pool.submit(attempt, config, lines.put): config for config in order}
+            while pending:
+                done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                while True:
+                    try:
+                        log(lines.get_nowait())
+                    except queue.Empty:
+                        break
+                for future in done:
+                    yield pending.pop(future), future.exception() or future.result()
+
+
+def attempt(config: Config, log) -> Record | Exception:
+    try:
+        return run(config, log=log)
+    except (RuntimeError, OSError) as error:
+        return error
+
+
+def bar(done: int, total: int, what: str = "") -> str:
+    filled = 20 * done // max(total, 1)
+    return f"[{'#' * filled}{'.' * (20 - filled)}] {done}/{total} runs  {what}".rstrip()

@@ -1,0 +1,205 @@
+"""The paper's networks: VGG-13, ResNet-19, ResNet-20 (CIFAR and event data) and ResNet-18, ResNet-34 (ImageNet).
+
+Every network takes images (B, C, H, W), repeated over T, or frames (B, T, C, H, W), and returns logits (B, K): the
+linear head's at every time step, averaged over time. Inside, time is the first axis. Convolutions and BN see time and
+batch together; a neuron stands wherever a ReLU would, and is handed in as `neuron(channels, T=T)`, the way torchvision
+hands in `norm_layer`. The layouts are those of the authors' public code; VGG-13 is the standard one.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .attention import STAALIF
+from .neuron import LIF
+
+#: Neurons by name. A new one is added here: any module built as `neuron(channels, T=T, **settings)`.
+NEURONS: dict[str, Callable[..., nn.Module]] = {"lif": LIF, "staa": STAALIF}
+
+
+class Steps(nn.Sequential):
+    """Layers without memory, applied to all time steps at once: (T, B, C, H, W) in and out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def conv3x3(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+
+
+def conv1x1(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+
+
+class SpikingNetwork(nn.Module):
+    """The frame of every network: repeat over T, features, global average pool, head, average over time."""
+
+    def __init__(self, neuron: Callable[..., nn.Module], in_channels: int, T: int, min_size: int):
+        super().__init__()
+        self._make_neuron = neuron
+        self.in_channels, self.T, self.min_size = in_channels, T, min_size
+
+    def neuron(self, channels: int) -> nn.Module:
+        layer = self._make_neuron(channels, T=self.T)
+        layer.is_neuron = True  # what `neurons` looks for
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(self.features(self.over_time(x)).mean((-2, -1)))  # (T, B, K)
+        return x.mean(0)
+
+    def over_time(self, x: Tensor) -> Tensor:
+        """Images or frames as (T, B, C, H, W)."""
+        shape = tuple(x.shape)
+        frames = x.dim() == 5
+        if x.dim() not in (4, 5) or shape[-3] != self.in_channels or frames and shape[1] != self.T:
+            raise ValueError(f"this network takes images (B, C={self.in_channels}, H, W) or frames "
+                             f"(B, T={self.T}, C={self.in_channels}, H, W), got {shape}")
+        if min(shape[-2:]) < self.min_size:
+            raise ValueError(f"this network needs images of at least {self.min_size} x {self.min_size}, "
+                             f"got {shape[-2]} x {shape[-1]}")
+        return x.transpose(0, 1) if frames else x.expand(self.T, *shape)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with BN; a neuron after the first and after the addition of the shortcut."""
+
+    def __init__(self, neuron: Callable[[int], nn.Module], c_in: int, c_out: int, stride: int, pool_shortcut: bool):
+        super().__init__()
+        self.conv1 = Steps(conv3x3(c_in, c_out, stride), nn.BatchNorm2d(c_out))
+        self.neuron1 = neuron(c_out)
+        self.conv2 = Steps(conv3x3(c_out, c_out), nn.BatchNorm2d(c_out))
+        self.neuron2 = neuron(c_out)
+        if stride == 1 and c_in == c_out:
+            self.shortcut = nn.Identity()
+        elif pool_shortcut:
+            self.shortcut = Steps(nn.AvgPool2d(stride), conv1x1(c_in, c_out), nn.BatchNorm2d(c_out))
+        else:
+            self.shortcut = Steps(conv1x1(c_in, c_out, stride), nn.BatchNorm2d(c_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv2(self.neuron1(self.conv1(x)))
+        return self.neuron2(out + self.shortcut(x))
+
+
+class ResNet(SpikingNetwork):
+    """stem ("three", "one" or "imagenet"), then stages of BasicBlocks: blocks, channels and strides, one a stage."""
+
+    def __init__(self, neuron, num_classes: int, in_channels: int, T: int, width: float, *, stem: str,
+                 blocks: list[int], channels: list[int], strides: list[int], pool_shortcut: bool = False):
+        channels = scaled(channels, width)
+        c = channels[0]
+        super().__init__(neuron, in_channels, T, min_size=8 if stem == "three" else 4 if stem == "one" else 32)
+        if stem == "three":
+            layers = [Steps(conv3x3(in_channels, c), nn.BatchNorm2d(c)), self.neuron(c)]
+            for _ in range(2):
+                layers += [Steps(conv3x3(c, c), nn.BatchNorm2d(c)), self.neuron(c)]
+            layers += [Steps(nn.AvgPool2d(2))]
+        elif stem == "one":
+            layers = [Steps(conv3x3(in_channels, c), nn.BatchNorm2d(c)), self.neuron(c)]
+        else:
+            layers = [Steps(nn.Conv2d(in_channels, c, 7, 2, padding=3, bias=False), nn.BatchNorm2d(c)),
+                      self.neuron(c), Steps(nn.MaxPool2d(3, 2, padding=1))]  # a maximum of spikes is a spike
+        self.stem = nn.Sequential(*layers)
+        self.stages = nn.Sequential()
+        for n, c_out, stride in zip(blocks, channels, strides):
+            for i in range(n):
+                self.stages.append(BasicBlock(self.neuron, c, c_out, stride if i == 0 else 1, pool_shortcut))
+                c = c_out
+        self.head = nn.Linear(c, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.stages(self.stem(x))
+
+
+class VGG(SpikingNetwork):
+    """Stages of two 3x3 convolutions and an average pool: VGG-13 with channels 64, 128, 256, 512, 512."""
+
+    def __init__(self, neuron, num_classes: int, in_channels: int, T: int, width: float, *, channels: list[int]):
+        super().__init__(neuron, in_channels, T, min_size=2 ** len(channels))
+        self.stages = nn.Sequential()
+        c = in_channels
+        for c_out in scaled(channels, width):
+            for _ in range(2):
+                self.stages.append(Steps(conv3x3(c, c_out), nn.BatchNorm2d(c_out)))
+                self.stages.append(self.neuron(c_out))
+                c = c_out
+            self.stages.append(Steps(nn.AvgPool2d(2)))
+        self.head = nn.Linear(c, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.stages(x)
+
+
+def scaled(channels: list[int], width: float) -> list[int]:
+    return [max(round(c * width), 1) for c in channels]
+
+
+#: Networks by name, built as `network(neuron, num_classes, in_channels, T, width)`.
+NETWORKS: dict[str, Callable[..., SpikingNetwork]] = {
+    "vgg13": partial(VGG, channels=[64, 128, 256, 512, 512]),
+    "resnet19": partial(ResNet, stem="one", blocks=[3, 3, 2], channels=[128, 256, 512], strides=[1, 2, 2]),
+    "resnet20": partial(ResNet, stem="three", blocks=[2, 2, 2, 2], channels=[64, 128, 256, 512], strides=[1, 2, 2, 2],
+                        pool_shortcut=True),
+    "resnet18": partial(ResNet, stem="imagenet", blocks=[2, 2, 2, 2], channels=[64, 128, 256, 512],
+                        strides=[1, 2, 2, 2]),
+    "resnet34": partial(ResNet, stem="imagenet", blocks=[3, 4, 6, 3], channels=[64, 128, 256, 512],
+                        strides=[1, 2, 2, 2]),
+}
+
+
+def build(network: str, neuron: str | Callable[..., nn.Module] = "staa", num_classes: int = 10, T: int = 4,
+          in_channels: int = 3, width: float = 1.0, **neuron_settings) -> SpikingNetwork:
+    """A network by name, with any neuron: `staa.build("resnet20", neuron="staa", num_classes=10, T=4)`.
+
+    network: one of NETWORKS. neuron: one of NEURONS, or any callable `neuron(channels, T=T)` that returns a module
+    from currents (T, B, C, H, W) to spikes of the same shape. width multiplies the channels of every layer.
+    neuron_settings go to every neuron: `r=8`, `beta=0.0`, `pe_place="output"`, ...
+    Raises ValueError with one sentence where a name or a value is not allowed.
+    """
+    if network not in NETWORKS:
+        raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {network!r}")
+    if isinstance(neuron, str):
+        if neuron not in NEURONS:
+            raise ValueError(f"neuron must be one of {', '.join(NEURONS)} or your own class, got {neuron!r}")
+        neuron = NEURONS[neuron]
+    for name, value in {"num_classes": num_classes, "T": T, "in_channels": in_channels}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not width > 0:
+        raise ValueError(f"width must be above 0, got {width}")
+    return NETWORKS[network](partial(neuron, **neuron_settings), num_classes, in_channels, T, width)
+
+
+def neurons(network: nn.Module) -> dict[str, nn.Module]:
+    """The spiking layers of a network, by module name, from input to output."""
+    return {name: layer for name, layer in network.named_modules() if getattr(layer, "is_neuron", False)}
+
+
+class firing_rates:
+    """Context that measures mean spikes per neuron and time step, by layer, over every forward pass inside it.
+
+        with firing_rates(network) as rates:
+            network(images)
+        rates()  # {"stem.1": 0.12, ...}
+    """
+
+    def __init__(self, network: nn.Module):
+        self.layers = neurons(network)
+
+    def __enter__(self) -> Callable[[], dict[str, float]]:
+        self.spikes = {name: torch.zeros((), dtype=torch.float64) for name in self.layers}
+        self.count = dict.fromkeys(self.layers, 0)
+        self.hooks = [layer.register_forward_hook(partial(self._add, name)) for name, layer in self.layers.items()]
+        return lambda: {name: float(self.spikes[name]) / max(self.count[name], 1) for name in self.layers}
+
+    def _add(self, name, layer, inputs, spikes):
+        self.spikes[name] = self.spikes[name].to(spikes.device) + spikes.sum(dtype=torch.float64)
+        self.count[name] += spikes.numel()
+
+    def __exit__(self, *exc):
+        for hook in self.hooks:
+            hook.remove()

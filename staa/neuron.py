@@ -1,0 +1,90 @@
+"""The leaky integrate-and-fire (LIF) neuron and its surrogate gradient: section 3.1, eqs. 1-5.
+
+    U[t]  = V_reset + decay (Hm[t-1] - V_reset) + gain X[t]     charge   (eq. 1)
+    S[t]  = Theta(U[t] - V_th),  Theta(0) = 1                   fire     (eq. 2)
+    Hm[t] = U[t] (1 - S[t]) + V_reset S[t]                      reset    (eq. 3)
+
+X is the input current, U the membrane potential before firing, S the spikes and Hm the membrane potential after the
+reset; Hm[0] = V_reset. Eq. 1 in the paper's words, Hm[t-1] + (X[t] - (Hm[t-1] - V_reset)) / tau, is decay = 1 - 1/tau
+and gain = 1/tau (`LIF.from_tau`). The networks use decay = 0.25 and gain = 1, as the authors' public code does.
+
+Time is the first axis, and a neuron keeps nothing between calls: there is no state to reset.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class _Rectangle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v: Tensor, a: float) -> Tensor:
+        ctx.save_for_backward(v)
+        ctx.a = a
+        return (v >= 0).to(v.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (v,) = ctx.saved_tensors
+        return grad * (v.abs() <= ctx.a / 2) / ctx.a, None
+
+
+def rectangle(v: Tensor, a: float = 1.0) -> Tensor:
+    """Spike where v = U - V_th >= 0 (eq. 2), with the rectangular surrogate gradient of eq. 5.
+
+    The gradient dS/dU is 1/a where |v| <= a/2, its edge included, and 0 elsewhere. The paper sets a = 1.
+    """
+    return _Rectangle.apply(v, a)
+
+
+class LIF(nn.Module):
+    """Plain LIF neuron, eqs. 1-5: current (T, B, ...) in, spikes of the same shape out.
+
+    Every neuron of this package is built as `neuron(channels, T=T, **settings)`; the plain one needs neither.
+
+    decay, gain: the fixed weights of the membrane potential and of the input (the authors' 0.25 and 1).
+    v_th, v_reset: threshold and reset potential, in the unit of the current; the paper's threshold is 1.
+    a: width of the surrogate's rectangle, eq. 5.
+    """
+
+    def __init__(self, channels: int | None = None, T: int | None = None, *, decay: float = 0.25, gain: float = 1.0,
+                 v_th: float = 1.0, v_reset: float = 0.0, a: float = 1.0):
+        super().__init__()
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay must be between 0 and 1, got {decay}")
+        if not a > 0:
+            raise ValueError(f"a, the width of the surrogate gradient, must be above 0, got {a}")
+        if not v_th > v_reset:
+            raise ValueError(f"v_th must be above v_reset, got v_th={v_th} and v_reset={v_reset}")
+        self.decay, self.gain, self.v_th, self.v_reset, self.a = decay, gain, v_th, v_reset, a
+
+    @classmethod
+    def from_tau(cls, tau: float, **settings) -> "LIF":
+        """The neuron of eq. 1, with the membrane time constant tau >= 1 in time steps."""
+        if not tau >= 1:
+            raise ValueError(f"tau must be at least 1 time step, got {tau}")
+        return cls(decay=1 - 1 / tau, gain=1 / tau, **settings)
+
+    def charge(self, hm: Tensor, x: Tensor) -> Tensor:
+        """U[t] from Hm[t-1] and X[t], eq. 1."""
+        return self.v_reset + self.decay * (hm - self.v_reset) + self.gain * x
+
+    def fire(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """S[t] and Hm[t] from U[t], eqs. 2 and 3."""
+        s = rectangle(u - self.v_th, self.a)
+        return s, u * (1 - s) + self.v_reset * s
+
+    def forward(self, x: Tensor) -> Tensor:
+        hm = torch.full_like(x[0], self.v_reset)
+        spikes = []
+        for x_t in x.unbind():  # (B, ...), one time step; indexing x[t] would cost a full-size gradient each
+            s, hm = self.fire(self.charge(hm, x_t))
+            spikes.append(s)
+        return over_time(spikes)
+
+    def extra_repr(self) -> str:
+        return f"decay={self.decay}, gain={self.gain}, v_th={self.v_th}, v_reset={self.v_reset}, a={self.a}"
+
+
+def over_time(steps: list[Tensor]) -> Tensor:
+    """T tensors (B, ...) as one (T, B, ...); unlike `torch.stack` it keeps the channels-last layout."""
+    return torch.cat(steps).unflatten(0, (len(steps), -1))

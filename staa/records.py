@@ -1,0 +1,98 @@
+"""Record: the outcome of one run, as a small JSON file; and how files get to disk whole or not at all.
+
+    {"format": 1, "config": ..., "outcome": what the config decides, "provenance": where and how it ran, "sha256": ...}
+
+`data/records/` holds the records that the project vouches for, `runs/` the user's own.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class RecordError(RuntimeError):
+    """A record or a folder that cannot be used; the message is one sentence."""
+
+
+def folder(kind: str) -> Path:
+    """A folder by kind: "runs" (or STAA_RUNS), "figures" (STAA_FIGURES), "data" (data/sets, or STAA_DATA), "records",
+    "paper". Inside a checkout they are the project's, elsewhere they lie in the current folder."""
+    home = ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()
+    default = {"runs": "runs", "figures": "figures", "data": "data/sets", "records": "data/records",
+               "paper": "data/paper"}[kind]
+    return Path(os.environ.get(f"STAA_{kind.upper()}") or home / default)
+
+
+@dataclass(frozen=True)
+class Record:
+    """config: every setting. outcome: what the config decides, equal to the bit on the same CPU. provenance: seconds,
+    software, device, commit."""
+
+    config: dict
+    outcome: dict
+    provenance: dict
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy of the last epoch, in percent; never the best on the test set."""
+        return self.outcome["epochs"][-1]["test_accuracy"]
+
+    def save(self, path: Path):
+        body = {"format": 1, "config": self.config, "outcome": self.outcome, "provenance": self.provenance}
+        text = json.dumps(body | {"sha256": checksum(body)}, indent=1, sort_keys=True, allow_nan=False)
+        write(path, (text + "\n").encode())
+
+    @classmethod
+    def load(cls, path: Path) -> "Record":
+        """Raises RecordError where the file is damaged or of another format."""
+        try:
+            body = json.loads(Path(path).read_bytes())
+            if body.pop("sha256") != checksum(body) or body.pop("format") != 1:
+                raise ValueError("its checksum is wrong")
+            return cls(**body)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RecordError(f"the record {path} is damaged ({error}); delete it, and the run is made again.") from None
+
+
+def checksum(body: dict) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def find(config, runs: Path | None = None) -> Record | None:
+    """The record of a config: the user's own in `runs`, else the project's."""
+    for path in ((runs or folder("runs")) / config.name / "record.json", folder("records") / f"{config.name}.json"):
+        if path.is_file():
+            return Record.load(path)
+    return None
+
+
+def vouched() -> list[Record]:
+    """Every record in data/records."""
+    return [Record.load(path) for path in sorted(folder("records").glob("*.json"))]
+
+
+def write(path: Path, content: bytes):
+    """Write to a temporary name beside `path` and move it into place: a reader sees the old file or the whole new one.
+
+    Raises RecordError, one sentence, where the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise RecordError(f"{path} could not be written ({error.strerror}); what was there before is untouched.") from None

@@ -1,0 +1,125 @@
+"""Records in, table out: the paper's numbers, the recorded ones and this run's side by side."""
+
+import statistics
+from collections import defaultdict
+
+import pandas as pd
+
+from . import records
+from .config import Config
+from .experiments import TABLE1, Settings
+from .records import Record
+
+LOST = "not in our source"
+ARCHITECTURES = {"vgg13": "VGG-13", "resnet19": "ResNet-19", "resnet20": "ResNet-20", "resnet18": "ResNet-18",
+                 "resnet34": "ResNet-34"}
+
+
+def paper(name: str) -> pd.DataFrame:
+    """data/paper/NAME.csv as text, a row a number, digits as printed; a cell lost in our source is "not in our source"."""
+    frame = pd.read_csv(records.folder("paper") / f"{name}.csv", dtype=str, keep_default_na=False)
+    return frame.assign(accuracy=frame.accuracy.replace("", LOST)) if "accuracy" in frame else frame
+
+
+def paper_table1() -> pd.DataFrame:
+    """Table 1 as the paper prints it: one row a method, architecture and T; both datasets as columns."""
+    rows = paper("table1")
+    rows["method"] += rows.cited.map(lambda number: f" [{number}]" if number else "")
+    keys = ["kind", "method", "architecture", "T"]
+    table = rows.pivot_table(values="accuracy", index=keys, columns="dataset", aggfunc="first", sort=False).reset_index()
+    table = table.rename(columns={"method": "Method", "architecture": "Architecture", "cifar10": "Paper: CIFAR-10",
+                                  "cifar100": "Paper: CIFAR-100"})
+    return table.drop(columns="kind").rename_axis(columns=None)
+
+
+def table1(settings: Settings, runs: list[Record]) -> pd.DataFrame:
+    """Table 1 with, for the own rows, the project's records and the runs of this notebook, with STAA and with LIF."""
+    table = paper_table1()
+    shown = dict.fromkeys(record.config["dataset"] for record in runs)
+    own = {(ARCHITECTURES[network], str(T)): dict(network=network, T=T) for network, T in TABLE1}
+    rows = [own.get((row.Architecture, row["T"])) if row.Method == "STAA-SNN" else None for _, row in table.iterrows()]
+
+    def column(text):
+        return ["" if row is None else text(row) for row in rows]
+
+    for dataset, label in (("cifar10", "CIFAR-10"), ("cifar100", "CIFAR-100")):
+        table[f"Recorded: {label}"] = column(lambda row: recorded(dataset=dataset, neuron="staa", **row))
+    for dataset in shown:
+        for neuron in ("staa", "lif"):
+            table[f"This run: {dataset}, {neuron.upper()}"] = column(
+                lambda row: mean_sd(select(runs, dataset=dataset, neuron=neuron, **row)))
+    return table
+
+
+def select(found: list[Record], **settings) -> list[Record]:
+    """The records whose config has these settings."""
+    return [r for r in found if all(r.config[name] == value for name, value in settings.items())]
+
+
+def mean_sd(found: list[Record]) -> str:
+    """Mean test accuracy in percent; with several seeds the standard deviation and their number."""
+    if not found:
+        return "not run"
+    accuracy = [r.accuracy for r in found]
+    if len(accuracy) == 1:
+        return f"{accuracy[0]:.2f}"
+    return f"{statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f} (n={len(accuracy)})"
+
+
+def recorded(**settings) -> str:
+    """The project's record of these settings with the neuron's default settings: accuracy, n, and what was trained.
+
+    Where the project holds several trainings, the widest network on most images for most epochs is shown: the choice
+    never looks at an accuracy.
+    """
+    groups = defaultdict(list)
+    for record in select(records.vouched(), **settings):
+        if record.config["neuron_settings"] == defaults(record.config["neuron"], record.config["T"]):
+            setting = Config.from_dict(record.config).but(seed=0)
+            groups[setting.width, record.outcome["train_images"], setting.epochs, setting.hash].append(record)
+    if not groups:
+        return "no record"
+    best = groups[max(groups)]
+    return f"{mean_sd(best)}; {training(best[0])}"
+
+
+def defaults(neuron: str, T: int) -> dict:
+    return Config(neuron=neuron, T=T).neuron_settings
+
+
+def training(record: Record) -> str:
+    """What was trained, in a few words."""
+    c = record.config
+    return f"{c['epochs']} epochs, width {c['width']:g}, {record.outcome['train_images']:,} images"
+
+
+def header(settings: Settings, runs: list[Record]) -> str:
+    """One sentence that says on what this run's numbers stand, and that they are no reproduction where they are none."""
+    if not runs:
+        return "Nothing was run."
+    r = runs[0]
+    sizes = sorted({record.config["width"] for record in runs})
+    text = (f"This run: preset {settings.preset}, dataset {', '.join(dict.fromkeys(r.config['dataset'] for r in runs))}, "
+            f"{r.config['epochs']} epochs, width {', '.join(f'{w:g}' for w in sizes)}, "
+            f"{settings.seeds} seed{'s' * (settings.seeds > 1)}; test accuracy of the last epoch in percent.")
+    if "digits" in {record.config["dataset"] for record in runs}:
+        text += " These are 8 x 8 handwritten digits, not CIFAR: the numbers show that everything works, nothing more."
+    elif settings.preset != "paper" or settings.changes:
+        text += " This is not the paper's setting: the numbers are no reproduction of it."
+    return text
+
+
+def save(table: pd.DataFrame, name: str, note: str):
+    """figures/NAME.md, .csv and .tex, each whole or not at all."""
+    texts = {"md": f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{note}\n",
+             "csv": table.to_csv(index=False),
+             "tex": table.to_latex(index=False, escape=True, caption=note.replace("%", r"\%"), label=f"tab:{name}")}
+    for ending, text in texts.items():
+        records.write(records.folder("figures") / f"{name}.{ending}", text.encode())
+
+
+def shown(table: pd.DataFrame):
+    """The table as a notebook output without random ids."""
+    from IPython.display import Markdown
+
+    return Markdown(table.to_markdown(index=False, disable_numparse=True))

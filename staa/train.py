@@ -1,0 +1,248 @@
+"""The training loop. `run(config)` is the one way to train: it returns the stored record where the run is complete,
+continues it where it was interrupted, else trains. It depends on nothing but the config and the data.
+
+    python -m staa.train network=resnet20 neuron=lif epochs=2 neuron_settings='{"decay": 0.5}'
+"""
+
+import io
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torchvision
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import data, records
+from .config import Config, ConfigError
+from .networks import build, firing_rates
+from .records import Record
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message is one sentence."""
+
+
+def run(config: Config, *, device: str | None = None, data_root: Path | None = None, workers: int | None = None,
+        log: Callable[[str], None] = print) -> Record:
+    """The record of this run, from disk or from training; logs one line an epoch.
+
+    device: "cpu", "cuda", ...; by default a GPU where there is one. workers: processes that load data; by default none
+    for embedded data and one a core, at most eight, for the rest. Neither changes the outcome on a CPU.
+    The run lives in runs/NAME: checkpoint.pt after every epoch, at the end record.json and weights.pt. Where another
+    process trains the same run, this one waits and reads. Raises DataError, RecordError or TrainingError, one sentence.
+    """
+    if record := records.find(config):
+        return record
+    place = records.folder("runs") / config.name
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with locked(place / "lock", lambda: log(f"{config}: another process trains this run, waiting for its record")):
+            return records.find(config) or _train(config, place, device, data_root, workers, log)
+    except OSError as error:
+        raise records.RecordError(f"the runs folder {place.parent} cannot be used ({error.strerror or error}); "
+                                  "set STAA_RUNS to one that can be written.") from None
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None]):
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        on_wait()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _train(config: Config, place: Path, device, data_root, workers, log) -> Record:
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    train_set, test_set = (data.load(config.dataset, train, data_root) for train in (True, False))
+    indices = data.subset(train_set.targets, config.train_images) if config.train_images else range(len(train_set))
+    if workers is None:
+        workers = 0 if config.dataset == "digits" else min(os.cpu_count() or 1, 8)
+    threads, before = config.threads, torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.manual_seed(data.mix(config.seed))
+        network = build(config.network, config.neuron, len(train_set.classes), config.T,
+                        data.describe(config.dataset).channels, config.width, **config.neuron_settings)
+        network.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+        optimizer = torch.optim.SGD(network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+        epochs, seconds = resume(place / "checkpoint.pt", network, optimizer)
+        tests = data.View(test_set, range(len(test_set)), data.transform(config.dataset, config.image_size))
+        augment = data.transform(config.dataset, config.image_size, config.augment)
+        for epoch in range(len(epochs), config.epochs):
+            start = time.perf_counter()
+            torch.manual_seed(data.mix(config.seed, epoch + 1))  # an epoch's randomness needs no saved state
+            view = data.View(train_set, indices, augment, config.seed, epoch)
+            loader = data.batches(view, config.batch_size, shuffle=True, workers=workers)
+            loss, accuracy = train_epoch(network, optimizer, loader, config, epoch, device)
+            loader = data.batches(tests, config.batch_size, shuffle=False, workers=workers)
+            test_loss, test_accuracy, rates = evaluate(network, loader, config, device)
+            epochs.append({"train_loss": loss, "train_accuracy": accuracy, "test_loss": test_loss,
+                           "test_accuracy": test_accuracy})
+            seconds.append(round(time.perf_counter() - start, 3))
+            save(place / "checkpoint.pt", network, optimizer, epochs, seconds, rates)
+            log(f"{config}: epoch {epoch + 1}/{config.epochs}  loss {loss:.3f}  train {accuracy:5.2f} %  "
+                f"test {test_accuracy:5.2f} %  {seconds[-1]:.1f} s")
+    finally:
+        torch.set_num_threads(before)
+    state = torch.load(place / "checkpoint.pt", map_location="cpu", weights_only=True)
+    outcome = {"epochs": epochs, "test_accuracy": epochs[-1]["test_accuracy"], "firing_rates": state["firing_rates"],
+               "parameters": sum(p.numel() for p in network.parameters()),
+               "classes": len(train_set.classes), "train_images": len(indices), "test_images": len(test_set),
+               "fingerprint": {"train": data.fingerprint(train_set), "test": data.fingerprint(test_set)}}
+    record = Record(json.loads(config.json), outcome, provenance(device, seconds))
+    record_weights(place / "weights.pt", state["network"])
+    record.save(place / "record.json")
+    (place / "checkpoint.pt").unlink(missing_ok=True)
+    return record
+
+
+def train_epoch(network, optimizer, loader, config: Config, epoch: int, device) -> tuple[float, float]:
+    """One pass of SGD; mean loss and accuracy in percent over the images as they were seen."""
+    network.train()
+    losses, correct, images = [], torch.zeros((), dtype=torch.int64, device=device), 0
+    for step, (x, y) in enumerate(loader):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, epoch + step / len(loader))
+        x, y = to(x, device, config), y.to(device, non_blocking=True)
+        with autocast(device, config):
+            logits = network(x)
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        if config.clip_norm:
+            nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
+        optimizer.step()
+        losses.append(loss.detach() * len(y))
+        correct += (logits.argmax(1) == y).sum()
+        images += len(y)
+    losses = torch.stack(losses).double()  # the one place where the host waits for a GPU
+    if not losses.isfinite().all():
+        step = int((~losses.isfinite()).nonzero()[0])
+        raise TrainingError(f"the loss of {config} is no longer finite in epoch {epoch + 1}, step {step + 1}; "
+                            f"the checkpoint of epoch {epoch} is kept; try a smaller lr (now {config.lr}) or clip_norm.")
+    return float(losses.sum()) / images, 100 * int(correct) / images
+
+
+@torch.no_grad()
+def evaluate(network, loader, config: Config, device) -> tuple[float, float, dict[str, float]]:
+    """Mean loss, accuracy in percent and firing rates by layer over a test set."""
+    network.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    correct, images = torch.zeros((), dtype=torch.int64, device=device), 0
+    with firing_rates(network) as rates:
+        for x, y in loader:
+            x, y = to(x, device, config), y.to(device, non_blocking=True)
+            with autocast(device, config):
+                logits = network(x)
+            loss += F.cross_entropy(logits.float(), y, reduction="sum")
+            correct += (logits.argmax(1) == y).sum()
+            images += len(y)
+    return float(loss) / images, 100 * int(correct) / images, rates()
+
+
+def to(x: Tensor, device, config: Config) -> Tensor:
+    layout = torch.channels_last if config.channels_last and x.dim() == 4 else torch.preserve_format
+    return x.to(device, non_blocking=True, memory_format=layout)
+
+
+def autocast(device, config: Config):
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def learning_rate(config: Config, progress: float) -> float:
+    """After `progress` epochs: linear warm-up over warmup_epochs, times a cosine from lr down to 0."""
+    warmup = min((progress + 1 / 2) / config.warmup_epochs, 1.0) if config.warmup_epochs else 1.0
+    return warmup * config.lr * (1 + math.cos(math.pi * progress / config.epochs)) / 2
+
+
+def save(path: Path, network, optimizer, epochs, seconds, rates):
+    """Checkpoint after an epoch, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save({"network": network.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epochs,
+                "seconds": seconds, "firing_rates": rates}, buffer)
+    records.write(path, buffer.getvalue())
+
+
+def record_weights(path: Path, state: dict):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    records.write(path, buffer.getvalue())
+
+
+def resume(path: Path, network, optimizer) -> tuple[list, list]:
+    """Load a checkpoint into network and optimizer; the epochs and the seconds so far. Nothing is unpickled but tensors
+    and plain values. Raises RecordError where the file is damaged."""
+    if not path.is_file():
+        return [], []
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not check the checksums itself
+            if archive.testzip():
+                raise ValueError("its checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["epochs"], state["seconds"]
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise records.RecordError(f"the checkpoint {path} is damaged ({reason}); delete it, and the run starts again "
+                                  "from its first epoch.") from None
+
+
+def provenance(device, seconds: list[float]) -> dict:
+    """Where and how a run was made: what may differ between two runs of the same config."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    return {"seconds": round(sum(seconds), 3), "seconds_per_epoch": seconds, "device": name, "commit": commit(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "software": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": torchvision.__version__}}
+
+
+def commit() -> str:
+    """The project's git commit, with "+" where files differ from it; empty outside a checkout."""
+    def git(*words):
+        return subprocess.run(["git", "-C", str(records.ROOT), *words], capture_output=True, text=True).stdout.strip()
+    try:
+        head = git("rev-parse", "HEAD")
+        return head + ("+" if head and git("status", "--porcelain", "--untracked-files=no") else "")
+    except OSError:
+        return ""
+
+
+def main(words: list[str]):
+    """Settings as name=value, the value in JSON or plain text."""
+    settings = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError(f"a setting is written name=value, got {word!r}")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    config = Config.from_dict(settings)
+    record = run(config)
+    print(f"{config.name}: {record.accuracy:.2f} % on the test set after {config.epochs} epochs")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ConfigError, TrainingError, data.DataError, records.RecordError) as error:
+        sys.exit(f"staa: {error}")
