@@ -21,7 +21,7 @@ from .train import run
 
 #: What a preset sets; every other setting has Config's default. What each is for stands in the README.
 PRESETS = {
-    "smoke": dict(dataset="digits", image_size=16, epochs=4, batch_size=32, lr=0.02),
+    "smoke": dict(dataset="digits", image_size=16, epochs=4, batch_size=32, lr=0.01),
     "short": dict(dataset="cifar10", augment="autoaugment", epochs=50, precision="bf16"),
     "paper": dict(dataset="cifar10", augment="autoaugment", epochs=500),
 }

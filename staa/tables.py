@@ -13,6 +13,7 @@ from .records import Record
 LOST = "not in our source"
 ARCHITECTURES = {"vgg13": "VGG-13", "resnet19": "ResNet-19", "resnet20": "ResNet-20", "resnet18": "ResNet-18",
                  "resnet34": "ResNet-34"}
+LABELS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 
 
 def paper(name: str) -> pd.DataFrame:
@@ -24,12 +25,13 @@ def paper(name: str) -> pd.DataFrame:
 def paper_table1() -> pd.DataFrame:
     """Table 1 as the paper prints it: one row a method, architecture and T; both datasets as columns."""
     rows = paper("table1")
-    rows["method"] += rows.cited.map(lambda number: f" [{number}]" if number else "")
-    keys = ["kind", "method", "architecture", "T"]
-    table = rows.pivot_table(values="accuracy", index=keys, columns="dataset", aggfunc="first", sort=False).reset_index()
-    table = table.rename(columns={"method": "Method", "architecture": "Architecture", "cifar10": "Paper: CIFAR-10",
-                                  "cifar100": "Paper: CIFAR-100"})
-    return table.drop(columns="kind").rename_axis(columns=None)
+    rows["Method"] = rows.method + rows.cited.map(lambda number: f" [{number}]" if number else "")
+    rows["Architecture"] = rows.architecture
+    table = rows[["Method", "Architecture", "T"]].drop_duplicates()
+    for dataset, label in LABELS.items():
+        cells = rows[rows.dataset == dataset].rename(columns={"accuracy": f"Paper: {label}"})
+        table = table.merge(cells[["Method", "Architecture", "T", f"Paper: {label}"]], how="left", validate="1:1")
+    return table
 
 
 def table1(settings: Settings, runs: list[Record]) -> pd.DataFrame:
@@ -42,7 +44,7 @@ def table1(settings: Settings, runs: list[Record]) -> pd.DataFrame:
     def column(text):
         return ["" if row is None else text(row) for row in rows]
 
-    for dataset, label in (("cifar10", "CIFAR-10"), ("cifar100", "CIFAR-100")):
+    for dataset, label in LABELS.items():
         table[f"Recorded: {label}"] = column(lambda row: recorded(dataset=dataset, neuron="staa", **row))
     for dataset in shown:
         for neuron in ("staa", "lif"):
