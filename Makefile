@@ -28,7 +28,7 @@ $(NOTEBOOKS): $(READY)
 test: $(READY)   ## the test suite, and nbval over every notebook
 	$(BIN)/python -m pytest
 	dir=$$(mktemp -d) && STAA_RUNS=$$dir/runs STAA_FIGURES=$$dir/figures \
-		$(BIN)/python -m pytest --nbval --nbval-cell-timeout=1200 notebooks; status=$$?; rm -rf $$dir; exit $$status
+		$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=1200 notebooks; status=$$?; rm -rf $$dir; exit $$status
 
 lock: $(READY)   ## renew requirements.txt from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate --no-header \

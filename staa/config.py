@@ -112,8 +112,10 @@ class Config:
         return hash(self.json)
 
     def but(self, **changes) -> "Config":
-        """The same run with other settings."""
+        """The same run with other settings; another neuron starts from its own defaults."""
         check_names(changes)
+        if changes.get("neuron", self.neuron) != self.neuron:
+            changes.setdefault("neuron_settings", {})
         return replace(self, **changes)
 
     @classmethod

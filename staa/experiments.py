@@ -14,7 +14,7 @@ from multiprocessing import get_context
 
 import torch
 
-from . import records
+from . import data, records
 from .config import Config, ConfigError
 from .records import Record
 from .train import run
@@ -96,12 +96,13 @@ def run_all(configs: list[Config], *, log: Callable[[str], None] = print) -> lis
     Logs one line an epoch and one bar after each run. A run that fails does not stop the others; the first failure is
     raised once all have ended, and what has ended stays in runs/.
     """
-    log(bar(0, len(configs)))
     found = {config: record for config in configs if (record := records.find(config))}
-    if found:
-        log(bar(len(found), len(configs), "complete before"))
+    missing = [config for config in configs if config not in found]
+    for dataset in dict.fromkeys(config.dataset for config in missing):
+        data.load(dataset, train=True)  # one clear sentence now rather than one from every run
+    log(bar(len(found), len(configs), "complete before" if found else ""))
     failures = []
-    for config, outcome in _outcomes([config for config in configs if config not in found], log):
+    for config, outcome in _outcomes(missing, log):
         if isinstance(outcome, Exception):
             failures.append(outcome)
             log(f"{config}: failed: {outcome}")

@@ -92,7 +92,7 @@ class ResNet(SpikingNetwork):
                  blocks: list[int], channels: list[int], strides: list[int], pool_shortcut: bool = False):
         channels = scaled(channels, width)
         c = channels[0]
-        super().__init__(neuron, in_channels, T, min_size=8 if stem == "three" else 4 if stem == "one" else 32)
+        super().__init__(neuron, in_channels, T, min_size=16 if stem == "three" else 4 if stem == "one" else 32)
         if stem == "three":
             layers = [Steps(conv3x3(in_channels, c), nn.BatchNorm2d(c)), self.neuron(c)]
             for _ in range(2):
@@ -197,7 +197,7 @@ class firing_rates:
         return lambda: {name: float(self.spikes[name]) / max(self.count[name], 1) for name in self.layers}
 
     def _add(self, name, layer, inputs, spikes):
-        self.spikes[name] = self.spikes[name].to(spikes.device) + spikes.sum(dtype=torch.float64)
+        self.spikes[name] = self.spikes[name].to(spikes.device) + spikes.detach().sum(dtype=torch.float64)
         self.count[name] += spikes.numel()
 
     def __exit__(self, *exc):

@@ -95,6 +95,24 @@ def training(record: Record) -> str:
     return f"{c['epochs']} epochs, width {c['width']:g}, {record.outcome['train_images']:,} images"
 
 
+def results() -> pd.DataFrame:
+    """Every training that the project vouches for, seeds together: what the README shows."""
+    groups = defaultdict(list)
+    for record in records.vouched():
+        groups[Config.from_dict(record.config).but(seed=0).json].append(record)
+    rows = []
+    for group in groups.values():
+        c, first = group[0].config, group[0]
+        rates = [statistics.mean(r.outcome["firing_rates"].values()) for r in group]
+        rows.append({"Dataset": LABELS.get(c["dataset"], c["dataset"]), "Network": ARCHITECTURES[c["network"]], "T": c["T"],
+                     "Neuron": c["neuron"].upper(), "Training": f"{training(first)}, lr {c['lr']:g}",
+                     "Test accuracy, %": mean_sd(group), "Firing rate": f"{statistics.mean(rates):.3f}",
+                     "Parameters": f"{first.outcome['parameters']:,}",
+                     "Minutes a run": f"{statistics.mean(r.provenance['seconds'] for r in group) / 60:.0f}",
+                     "Device": first.provenance["device"]})
+    return pd.DataFrame(rows)
+
+
 def header(settings: Settings, runs: list[Record]) -> str:
     """One sentence that says on what this run's numbers stand, and that they are no reproduction where they are none."""
     if not runs:

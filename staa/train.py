@@ -45,23 +45,24 @@ def run(config: Config, *, device: str | None = None, data_root: Path | None = N
     if record := records.find(config):
         return record
     place = records.folder("runs") / config.name
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        with locked(place / "lock", lambda: log(f"{config}: another process trains this run, waiting for its record")):
-            return records.find(config) or _train(config, place, device, data_root, workers, log)
-    except OSError as error:
-        raise records.RecordError(f"the runs folder {place.parent} cannot be used ({error.strerror or error}); "
-                                  "set STAA_RUNS to one that can be written.") from None
+    with locked(place, lambda: log(f"{config}: another process trains this run, waiting for its record")):
+        return records.find(config) or _train(config, place, device, data_root, workers, log)
 
 
 @contextmanager
-def locked(path: Path, on_wait: Callable[[], None]):
-    lock = FileLock(path)
+def locked(place: Path, on_wait: Callable[[], None]):
+    """Hold a run's folder, made if need be; a killed process holds nothing."""
+    lock = FileLock(place / "lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        on_wait()
-        lock.acquire()
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            on_wait()
+            lock.acquire()
+    except OSError as error:
+        raise records.RecordError(f"the runs folder {place.parent} cannot be used ({error.strerror or error}); "
+                                  "set STAA_RUNS to one that can be written.") from None
     try:
         yield
     finally:
@@ -96,7 +97,8 @@ def _train(config: Config, place: Path, device, data_root, workers, log) -> Reco
             epochs.append({"train_loss": loss, "train_accuracy": accuracy, "test_loss": test_loss,
                            "test_accuracy": test_accuracy})
             seconds.append(round(time.perf_counter() - start, 3))
-            save(place / "checkpoint.pt", network, optimizer, epochs, seconds, rates)
+            save(place / "checkpoint.pt", {"network": network.state_dict(), "optimizer": optimizer.state_dict(),
+                                           "epochs": epochs, "seconds": seconds, "firing_rates": rates})
             log(f"{config}: epoch {epoch + 1}/{config.epochs}  loss {loss:.3f}  train {accuracy:5.2f} %  "
                 f"test {test_accuracy:5.2f} %  {seconds[-1]:.1f} s")
     finally:
@@ -107,7 +109,7 @@ def _train(config: Config, place: Path, device, data_root, workers, log) -> Reco
                "classes": len(train_set.classes), "train_images": len(indices), "test_images": len(test_set),
                "fingerprint": {"train": data.fingerprint(train_set), "test": data.fingerprint(test_set)}}
     record = Record(json.loads(config.json), outcome, provenance(device, seconds))
-    record_weights(place / "weights.pt", state["network"])
+    save(place / "weights.pt", state["network"])
     record.save(place / "record.json")
     (place / "checkpoint.pt").unlink(missing_ok=True)
     return record
@@ -135,8 +137,9 @@ def train_epoch(network, optimizer, loader, config: Config, epoch: int, device) 
     losses = torch.stack(losses).double()  # the one place where the host waits for a GPU
     if not losses.isfinite().all():
         step = int((~losses.isfinite()).nonzero()[0])
-        raise TrainingError(f"the loss of {config} is no longer finite in epoch {epoch + 1}, step {step + 1}; "
-                            f"the checkpoint of epoch {epoch} is kept; try a smaller lr (now {config.lr}) or clip_norm.")
+        kept = f"the checkpoint of epoch {epoch} is kept" if epoch else "there is no checkpoint yet"
+        raise TrainingError(f"the loss of {config} is no longer finite in epoch {epoch + 1}, step {step + 1}; {kept}; "
+                            f"try a smaller lr (now {config.lr:g}) or a clip_norm.")
     return float(losses.sum()) / images, 100 * int(correct) / images
 
 
@@ -172,15 +175,8 @@ def learning_rate(config: Config, progress: float) -> float:
     return warmup * config.lr * (1 + math.cos(math.pi * progress / config.epochs)) / 2
 
 
-def save(path: Path, network, optimizer, epochs, seconds, rates):
-    """Checkpoint after an epoch, whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save({"network": network.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epochs,
-                "seconds": seconds, "firing_rates": rates}, buffer)
-    records.write(path, buffer.getvalue())
-
-
-def record_weights(path: Path, state: dict):
+def save(path: Path, state: dict):
+    """Tensors and plain values to a file, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     records.write(path, buffer.getvalue())

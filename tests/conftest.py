@@ -1,0 +1,26 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path, monkeypatch):
+    """No test reads or writes the reader's own runs, figures or data sets."""
+    for kind in ("runs", "figures", "data"):
+        monkeypatch.setenv(f"STAA_{kind.upper()}", str(tmp_path / kind))
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every look-up of a host fails at once, as on a machine without a network."""
+    def refused(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("socket.getaddrinfo", refused)
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)

@@ -1,0 +1,212 @@
+"""The aggregator, block by block, against sums written out and against the plain neuron."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+
+from staa import LIF, STAALIF, GlobalContext, PositionEncoding, StepAttention
+from staa.attention import sinusoid
+
+T, B, C, H, W = 4, 2, 8, 5, 6
+
+
+def current(scale=1.5):
+    return torch.randn(T, B, C, H, W) * scale
+
+
+def randomised(module):
+    """As after training: no weight is zero any more."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn_like(p) * 0.5)
+    return module
+
+
+@torch.no_grad()
+def test_gc_is_the_softmax_weighted_sum_written_out():
+    gc, x = randomised(GlobalContext(C, r=4)), torch.randn(3, C, H, W)
+    out = gc(x)
+    for n in range(3):
+        score = [[sum(gc.key.weight[0, c, 0, 0] * x[n, c, i, j] for c in range(C)) + gc.key.bias[0]
+                  for j in range(W)] for i in range(H)]
+        total = sum(math.exp(s) for row in score for s in row)
+        context = torch.stack([sum(x[n, c, i, j] * math.exp(score[i][j]) / total for i in range(H) for j in range(W))
+                               for c in range(C)])
+        q = gc.query.weight[:, :, 0, 0] @ context + gc.query.bias
+        q = (q - q.mean()) / (q.var(unbiased=False) + gc.norm.eps).sqrt() * gc.norm.weight + gc.norm.bias
+        v = gc.value.weight[:, :, 0, 0] @ q.clamp(min=0) + gc.value.bias
+        torch.testing.assert_close(out[n], x[n] + v[:, None, None])
+
+
+def test_gc_starts_as_the_identity_and_learns():
+    gc, x = GlobalContext(C), torch.randn(3, C, H, W)
+    assert torch.equal(gc(x), x)
+    (gc(x) * torch.randn(3, C, H, W)).sum().backward()
+    assert gc.value.weight.grad.abs().sum() > 0
+
+
+def test_gc_parameters_are_two_c_squared_over_r():
+    # Section 4.3: "from 2C^2 to 2C^2/r", here besides biases, key and LN.
+    for r in (1, 2, 4, 8, 16):
+        gc = GlobalContext(64, r)
+        assert gc.query.weight.numel() + gc.value.weight.numel() == 2 * 64 ** 2 // r
+    assert GlobalContext(4, 16).query.out_channels == 1
+
+
+def test_the_offset_of_gc_ignores_where_things_are():
+    # Attention over positions: permuting the pixels permutes the output.
+    gc, x = randomised(GlobalContext(C)), torch.randn(2, C, H, W)
+    order = torch.randperm(H * W)
+    shuffled = x.flatten(2)[..., order].view_as(x)
+    torch.testing.assert_close(gc(shuffled), gc(x).flatten(2)[..., order].view_as(x))
+
+
+def test_sa_by_hand():
+    sa, hm, x = randomised(StepAttention(C, alpha=2.0)), torch.randn(B, C, H, W), torch.randn(B, C, H, W)
+    pooled = (hm + x).flatten(2).mean(2)
+    hidden = (pooled @ sa.squeeze.weight[:, :, 0, 0].T + sa.squeeze.bias).clamp(min=0)
+    gate = 1 / (1 + torch.exp(-(hidden @ sa.excite.weight[:, :, 0, 0].T + sa.excite.bias)))
+    torch.testing.assert_close(sa(hm, x), (2.0 * gate)[..., None, None])
+
+
+def test_learned_pe_starts_at_zero_and_differs_by_step_only():
+    pe, x = PositionEncoding(C, T), current()
+    assert torch.equal(pe(x), x)
+    added = randomised(pe)(x) - x
+    torch.testing.assert_close(added, pe.weight[:, None, :, None, None].expand_as(x))
+
+
+def test_fixed_pe_is_the_sinusoid_of_vaswani():
+    table = sinusoid(T, C)
+    for t, i in product(range(T), range(C // 2)):
+        angle = t / 10000 ** (2 * i / C)
+        assert table[t, 2 * i] == pytest.approx(math.sin(angle), abs=1e-6)
+        assert table[t, 2 * i + 1] == pytest.approx(math.cos(angle), abs=1e-6)
+    assert sinusoid(3, 5).shape == (3, 5)
+    assert not list(PositionEncoding(C, T, "fixed").parameters())
+
+
+def test_all_blocks_off_is_the_plain_neuron():
+    x = current()
+    for training in (True, False):
+        neuron = STAALIF(C, T, gc=False, pe=False, sa=False, beta=0.0).train(training)
+        assert not list(neuron.parameters())
+        assert torch.equal(neuron(x), LIF()(x))
+
+
+def added(x, neuron=LIF(decay=1.0, gain=1.0)):
+    """U[t] = Hm[t-1] + X[t], then fire and reset."""
+    return neuron(x)
+
+
+def test_alpha_2_and_a_gate_at_one_half_is_plain_addition():
+    x = current()
+    assert torch.equal(STAALIF(C, T, gc=False, pe=False, alpha=2.0, beta=0.0)(x), added(x))
+    assert torch.equal(STAALIF(C, T, beta=0.0)(x), added(x)), "and so the whole aggregator starts as addition"
+    assert not torch.equal(randomised(STAALIF(C, T, beta=0.0))(x), added(x))
+
+
+def test_the_whole_neuron_by_hand():
+    """Eqs. 11-14, then 2 and 3, one step after the other from the blocks themselves."""
+    neuron, x = randomised(STAALIF(C, T, beta=0.0, alpha=1.5)), current()
+    hm, expected = torch.zeros(B, C, H, W), []
+    for t in range(T):
+        xa = neuron.gc(x[t] + neuron.pe_input.weight[t][:, None, None])
+        m = neuron.sa(hm, xa)
+        u = m * hm + (1.5 - m) * xa
+        s = (u >= 1).float()
+        hm = u * (1 - s)
+        expected.append(s)
+    assert torch.equal(neuron(x), torch.stack(expected))
+
+
+@pytest.mark.parametrize("place", ["input", "membrane", "both", "output"])
+def test_places_of_pe_by_hand(place):
+    """Without GC and SA the update is 0.25 Hm + X, and PE's place can be written into it."""
+    neuron, x = randomised(STAALIF(C, T, gc=False, sa=False, beta=0.0, pe_place=place)), current()
+    zero = torch.zeros(T, C)
+    pe_x, pe_h, pe_u = ((zero if pe is None else pe.weight)[..., None, None]
+                        for pe in (neuron.pe_input, neuron.pe_membrane, neuron.pe_output))
+    assert len(list(neuron.parameters())) == (2 if place == "both" else 1)
+    hm, expected = torch.zeros(B, C, H, W), []
+    for t in range(T):
+        u = 0.25 * (hm + pe_h[t]) + (x[t] + pe_x[t]) + pe_u[t]
+        s = (u >= 1).float()
+        hm = u * (1 - s)
+        expected.append(s)
+    assert torch.equal(neuron(x), torch.stack(expected))
+
+
+@pytest.mark.parametrize("gc, pe, sa", list(product([False, True], repeat=3)))
+def test_tsrd_at_one_is_addition_in_training_and_nothing_in_evaluation(gc, pe, sa):
+    x = current()
+    neuron = randomised(STAALIF(C, T, gc=gc, pe=pe, sa=sa, beta=1.0))
+    without = STAALIF(C, T, gc=gc, pe=pe, sa=sa, beta=0.0)
+    without.load_state_dict(neuron.state_dict())
+    assert torch.equal(neuron.train()(x), added(x))
+    assert torch.equal(neuron.eval()(x), without(x))
+
+
+def test_tsrd_drops_each_step_with_probability_beta():
+    # One step is dropped where the output is addition's: X = 0.6 is below threshold by addition, and above with PE = 1.
+    steps, beta = 2000, 0.1
+    neuron = STAALIF(1, steps, gc=False, sa=False, beta=beta, decay=0.0)
+    torch.nn.init.ones_(neuron.pe_input.weight)
+    spikes = neuron(torch.full((steps, 1, 1, 1, 1), 0.6)).flatten()
+    dropped = 1 - spikes.mean().item()
+    assert abs(dropped - beta) < 5 * math.sqrt(beta * (1 - beta) / steps)
+
+
+def test_tsrd_draws_once_for_the_whole_batch():
+    neuron = STAALIF(1, 50, gc=False, sa=False, beta=0.5, decay=0.0)
+    torch.nn.init.ones_(neuron.pe_input.weight)
+    spikes = neuron(torch.full((50, 7, 1, 3, 3), 0.6)).flatten(1)
+    assert (spikes == spikes[:, :1]).all() and 0 < spikes.mean() < 1
+
+
+def test_every_switch_counts_its_own_parameters():
+    r, h = 2, 2  # C/r and C/4 at C = 8, r = 4
+    gc = (C + 1) + (C * r + r) + 2 * r + (r * C + C)
+    sa = (C * h + h) + (h * C + C)
+    for has_gc, has_pe, has_sa in product([False, True], repeat=3):
+        n = sum(p.numel() for p in STAALIF(C, T, gc=has_gc, pe=has_pe, sa=has_sa).parameters())
+        assert n == has_gc * gc + has_pe * T * C + has_sa * sa
+
+
+def test_gradients_reach_every_parameter():
+    neuron = randomised(STAALIF(C, T, beta=0.0, pe_place="both"))
+    (neuron(current()) * torch.randn(T, B, C, H, W)).sum().backward()
+    for name, p in neuron.named_parameters():
+        assert p.grad is not None and (p.grad.abs().sum() > 0 or name == "gc.key.bias"), name  # softmax: no gradient
+
+
+def test_it_plugs_into_channels_last_and_half_precision():
+    neuron = STAALIF(C, T).to(memory_format=torch.channels_last)
+    x = current().flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (T, B))
+    assert torch.equal(neuron.eval()(x), neuron(x.contiguous()))
+    assert neuron(x).flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert set(neuron(x.bfloat16()).unique().tolist()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(r=0), "r, the scaling"), (dict(alpha=0.0), "alpha"), (dict(beta=1.5), "beta"), (dict(beta=-0.1), "beta"),
+    (dict(pe_kind="random"), "learned, fixed"), (dict(pe_place="f"), "input, membrane, both, output"),
+    (dict(v_th=-1.0), "v_th")])
+def test_bad_settings(settings, words):
+    with pytest.raises(ValueError, match=words):
+        STAALIF(C, T, **settings)
+
+
+@pytest.mark.parametrize("channels, steps", [(0, 4), (8, 0)])
+def test_bad_sizes(channels, steps):
+    with pytest.raises(ValueError, match="at least 1"):
+        STAALIF(channels, steps)
+
+
+@pytest.mark.parametrize("shape", [(T + 1, B, C, H, W), (T, B, C + 1, H, W), (B, C, H, W)])
+def test_a_current_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"takes \(T=4, B, C=8, H, W\)"):
+        STAALIF(C, T)(torch.zeros(shape))

@@ -1,0 +1,239 @@
+"""Splits, subsets, augmentation and files of the official formats."""
+
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from staa import data
+from staa.data import Cutout, DataError, View, batches, load, subset, transform
+
+
+def test_the_digits_split_is_disjoint_complete_and_fair():
+    train, test = load("digits", True), load("digits", False)
+    both = np.concatenate([train.indices, test.indices])
+    assert sorted(both.tolist()) == list(range(1797))
+    assert len(test) == 355
+    source = load_digits()
+    for split in (train, test):
+        assert split.targets == source.target[split.indices].tolist()
+        np.testing.assert_allclose(split.data, source.images[split.indices] * 255 / 16, atol=0.5)
+    assert (abs(np.bincount(test.targets) - np.bincount(source.target) / 5) < 1).all()
+
+
+def test_mean_and_deviation_are_those_of_the_training_digits():
+    pixels = load("digits", True).data / 255
+    about = data.describe("digits")
+    assert about.mean == pytest.approx((pixels.mean(),), abs=1e-5) and about.std == pytest.approx((pixels.std(),), abs=1e-5)
+
+
+def test_a_subset_is_fixed_distinct_and_keeps_the_shares():
+    targets = np.repeat(np.arange(10), np.arange(100, 200, 10))
+    chosen = subset(targets, 290)
+    assert len(set(chosen.tolist())) == 290 and (chosen == subset(targets, 290)).all()
+    assert (abs(np.bincount(targets[chosen]) - np.arange(100, 200, 10) * 0.2) <= 1).all()
+    assert set(subset(targets, 145)) <= set(chosen), "a smaller subset is part of a larger one"
+    assert subset(targets, len(targets)).tolist() == list(range(len(targets)))
+    # The published subset never changes: this is a digest of the indices, computed once.
+    fixed = subset(np.arange(50_000) % 10, 10_000)
+    assert hashlib.sha256(fixed.astype("<i8").tobytes()).hexdigest()[:16] == "186bb76a4a886dd8"
+
+
+def test_a_subset_larger_than_the_set_is_refused():
+    with pytest.raises(DataError, match="train_images must be at most 5"):
+        subset([0, 1, 0, 1, 0], 6)
+
+
+def cifar_files(root, name, train=20, test=10):
+    """Files of the official format with random pixels; returns the pixels of the training set."""
+    rng = np.random.default_rng(0)
+    cls = {"cifar10": data.CIFAR10, "cifar100": data.CIFAR100}[name]
+    folder = root / cls.base_folder
+    folder.mkdir(parents=True)
+    key, classes = ("labels", 10) if name == "cifar10" else ("fine_labels", 100)
+    pixels, sums = [], {}
+    for entries, count in ((cls.train_list, train), (cls.test_list, test)):
+        for filename, _ in entries:
+            part = rng.integers(0, 256, (count // len(entries), 3072), dtype=np.uint8)
+            pixels.append(part)
+            content = pickle.dumps({"data": part, key: [i % classes for i in range(len(part))]})
+            (folder / filename).write_bytes(content)
+            sums[filename] = hashlib.md5(content).hexdigest()
+    names = [f"class {k}" for k in range(classes)]
+    content = pickle.dumps({cls.meta["key"]: names})
+    (folder / cls.meta["filename"]).write_bytes(content)
+    sums[cls.meta["filename"]] = hashlib.md5(content).hexdigest()
+    return np.concatenate(pixels[:-1]), sums
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """Makes small official-format files and has torchvision accept their MD5."""
+    def make(name):
+        cls = {"cifar10": data.CIFAR10, "cifar100": data.CIFAR100}[name]
+        pixels, sums = cifar_files(tmp_path / "data", name)
+        monkeypatch.setattr(cls, "train_list", [[f, sums[f]] for f, _ in cls.train_list])
+        monkeypatch.setattr(cls, "test_list", [[f, sums[f]] for f, _ in cls.test_list])
+        monkeypatch.setattr(cls, "meta", cls.meta | {"md5": sums[cls.meta["filename"]]})
+        return pixels, tmp_path / "data" / cls.base_folder
+
+    return make
+
+
+@pytest.mark.parametrize("name, classes", [("cifar10", 10), ("cifar100", 100)])
+def test_cifar_is_read_from_official_files(cifar, name, classes):
+    pixels, _ = cifar(name)
+    train, test = load(name, True), load(name, False)
+    assert (len(train), len(test), len(train.classes)) == (20, 10, classes)
+    image, _ = train[3]
+    assert (np.asarray(image) == pixels[3].reshape(3, 32, 32).transpose(1, 2, 0)).all()
+    assert data.fingerprint(train) != data.fingerprint(test)
+
+
+def test_missing_cifar_says_what_where_and_how(no_network, tmp_path):
+    with pytest.raises(DataError, match="CIFAR10 was looked for in .*cifar-10-batches-py.*cifar-10-python.tar.gz "
+                                        r"\(MD5 c58f30108f718f92721af3b95e74349a\).*STAA_DATA") as caught:
+        load("cifar10", True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_cifar_file_is_refused(cifar, no_network):
+    _, folder = cifar("cifar10")
+    file = folder / "data_batch_2"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="missing or damaged"):
+        load("cifar10", True)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """train/ and val/ with two classes of coloured images, none of them square."""
+    root = tmp_path / "data" / "pets"
+    for split, count in (("train", 4), ("val", 2)):
+        for k, label in enumerate(["cat", "dog"]):
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (50 + i, 40), (100 * k, 50, 10 * i)).save(root / split / label / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("test_folder", ["val", "test"])
+def test_an_image_folder_is_read(tree, test_folder):
+    (tree / "val").rename(tree / test_folder)
+    train, test = load("imagefolder:pets", True), load("imagefolder:pets", False)
+    assert (len(train), len(test), train.classes) == (8, 4, ["cat", "dog"])
+    x, _ = View(test, range(4), transform("imagefolder:pets", 28))[0]
+    assert x.shape == (3, 28, 28)
+    expected = (torch.tensor([0, 50, 0]) / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(x, expected[:, None, None].expand(3, 28, 28))
+
+
+def test_bad_image_folders(tree):
+    with pytest.raises(DataError, match="looked for in .*fish.*STAA_DATA"):
+        load("imagefolder:fish", True)
+    (tree / "train" / "cow").mkdir()
+    with pytest.raises(DataError, match="one folder of images a class"):  # an empty class folder
+        load("imagefolder:pets", True)
+    Image.new("RGB", (8, 8)).save(tree / "train" / "cow" / "0.png")
+    with pytest.raises(DataError, match="'cow' is not in val"):
+        load("imagefolder:pets", False)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not an image", None])
+def test_a_damaged_image_is_named(tree, damage):
+    file = tree / "train" / "dog" / "2.png"
+    content = file.read_bytes()
+    file.write_bytes(content[:len(content) // 2] if damage is None else damage)
+    with pytest.raises(DataError, match="dog/2.png cannot be read"):
+        list(View(load("imagefolder:pets", True), range(8), transform("imagefolder:pets", 28)))
+
+
+def images(n=6, size=32, channels=3):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (n, size, size, channels), dtype=np.uint8)
+    return [(Image.fromarray(p.squeeze()), i) for i, p in enumerate(pixels)]
+
+
+def test_testing_only_scales_and_normalises():
+    about = data.describe("cifar10")
+    for image, _ in images():
+        expected = (torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255 - torch.tensor(about.mean)[:, None, None]
+                    ) / torch.tensor(about.std)[:, None, None]
+        torch.testing.assert_close(transform("cifar10", 32)(image), expected)
+
+
+def test_standard_augmentation_is_a_crop_or_its_mirror():
+    image, _ = images(1)[0]
+    plain = transform("cifar10", 32)
+    padded = Image.new("RGB", (40, 40))
+    padded.paste(image, (4, 4))
+    crops = [plain(padded.crop((x, y, x + 32, y + 32))) for x in range(9) for y in range(9)]
+    allowed = {t.numpy().tobytes() for crop in crops for t in (crop, crop.flip(-1).contiguous())}
+    seen = {transform("cifar10", 32, "standard")(image).numpy().tobytes() for _ in range(60)}
+    assert seen <= allowed and len(seen) > 30
+
+
+def test_cutout_zeroes_one_clipped_square_with_a_uniform_centre():
+    holes = torch.stack([Cutout(16)(torch.ones(1, 32, 32))[0] == 0 for _ in range(3000)])
+    rows, columns = holes.any(2).sum(1), holes.any(1).sum(1)
+    assert (holes.sum((1, 2)) == rows * columns).all(), "a rectangle"
+    assert rows.min() >= 8 and rows.max() == 16
+    # P(pixel 16 of a row is hit) = 16/32, P(pixel 0) = 8/32, by counting centres.
+    assert abs(holes.any(1)[:, 16].float().mean() - 0.5) < 0.05 and abs(holes.any(1)[:, 0].float().mean() - 0.25) < 0.05
+
+
+@pytest.mark.parametrize("augment", data.AUGMENTATIONS)
+@pytest.mark.parametrize("name, size", [("digits", 16), ("cifar10", 32), ("imagefolder", 24)])
+def test_every_augmentation_gives_a_finite_image_of_the_right_size(name, size, augment):
+    channels = data.describe(name).channels
+    image, _ = images(1, 8 if name == "digits" else 32, channels)[0]
+    x = transform(name, size, augment)(image)
+    assert x.shape == (channels, size, size) and x.dtype == torch.float32 and x.isfinite().all()
+
+
+def test_batches_depend_on_seed_and_epoch_alone():
+    source, augment = images(50), transform("cifar10", 32, "autoaugment")
+
+    def epoch(seed=0, number=0, workers=0):
+        torch.rand(int(torch.randint(100, ())))  # whatever else happened to the generator before
+        view = View(source, range(50), augment, seed, number)
+        return [(x.numpy().tobytes(), y.tolist()) for x, y in batches(view, 16, shuffle=True, workers=workers)]
+
+    first = epoch()
+    assert first == epoch() == epoch(workers=2)
+    assert first != epoch(number=1) and first != epoch(seed=1)
+    assert sorted(sum((y for _, y in first), [])) == list(range(50))
+
+
+def test_augmentation_leaves_the_global_generator_alone():
+    view = View(images(1), range(1), transform("cifar10", 32, "autoaugment"))
+    before = torch.get_rng_state()
+    view[0]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_fingerprint_sees_one_changed_pixel_or_label():
+    def of(change):
+        digits = load("digits", True)
+        change(digits)
+        return data.fingerprint(digits)
+
+    def pixel(d):
+        d.data[7, 3, 3] ^= 1
+
+    def label(d):
+        d.targets[5] += 1
+
+    assert len({of(lambda d: None), of(pixel), of(label)}) == 3 and of(pixel) == of(pixel)
+
+
+def test_a_folders_fingerprint_sees_a_changed_file(tree):
+    before = data.fingerprint(load("imagefolder:pets", True))
+    Image.new("RGB", (64, 64), (1, 2, 3)).save(tree / "train" / "cat" / "0.png")
+    assert data.fingerprint(load("imagefolder:pets", True)) != before

@@ -1,0 +1,88 @@
+import pytest
+
+from staa import Config, experiments, records
+from staa.config import ConfigError
+from staa.experiments import PRESETS, SMOKE, TABLE1, assigned, run_all, settings, table1
+
+CELL = "# Parameters\npreset = 'smoke'\nseeds = 1\ndataset = None\nnetwork = None\nneuron = None\nT = None\nlr = None"
+
+
+def notebook(injected="", **changes):
+    """The namespace of a notebook after its parameters cell and the cell that papermill adds."""
+    values = dict(preset="smoke", seeds=1, dataset=None, network=None, neuron=None, T=None, lr=None) | changes
+    lines = injected or "\n".join(f"{name} = {value!r}" for name, value in changes.items())
+    return values | {"In": ["", CELL, *([f"# Parameters\n{lines}\n"] if lines else []), "import staa"]}
+
+
+def test_smoke_is_eight_rows_with_their_twins():
+    configs = table1(settings(notebook()))
+    assert len(configs) == 16 and {c.dataset for c in configs} == {"digits"}
+    assert {(c.network, c.T) for c in configs if c.neuron == "staa"} == set(TABLE1)
+    staa, lif = ([c.but(neuron="lif") for c in configs if c.neuron == n] for n in ("staa", "lif"))
+    assert staa == lif, "a twin differs in nothing but the neuron"
+
+
+@pytest.mark.parametrize("preset, epochs", [("short", 50), ("paper", 500)])
+def test_real_presets_are_the_real_networks_on_both_datasets(preset, epochs):
+    configs = table1(settings(notebook(preset=preset, seeds=3)))
+    assert len(configs) == len(set(configs)) == 2 * 16 * 3
+    assert {c.seed for c in configs} == {0, 1, 2} and {c.dataset for c in configs} == {"cifar10", "cifar100"}
+    assert {(c.width, c.epochs, c.batch_size, c.lr, c.augment) for c in configs} == {(1.0, epochs, 128, 0.1, "autoaugment")}
+
+
+def test_parameters_narrow_the_grid_and_change_the_rest():
+    configs = table1(settings(notebook(preset="short", dataset="cifar10", network="resnet20", T=2, lr=0.02)))
+    assert [(c.network, c.T, c.neuron, c.lr) for c in configs] == [("resnet20", 2, n, 0.02) for n in ("staa", "lif")]
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(preset="quick"), "preset must be one of smoke, short, paper"), (dict(seeds=0), "seeds"),
+    (dict(seeds="2"), "seeds"), (dict(lr="1e-3"), "lr must be a number, got str '1e-3'"),
+    (dict(network="resnet50"), "network must be one of"), (dict(presett="short"), "one of .*preset.*got 'presett'")])
+def test_bad_parameters_stop_before_any_work(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        settings(notebook(**changes))
+
+
+def test_what_a_cell_assigns():
+    assert assigned(CELL) == {"preset", "seeds", "dataset", "network", "neuron", "T", "lr"}
+
+
+def test_running_the_parameters_cell_again_is_no_misspelling():
+    namespace = notebook()
+    namespace["In"] += [CELL, "runs = 3", CELL]
+    assert settings(namespace).preset == "smoke"
+
+
+def test_every_preset_is_a_valid_run_of_every_network():
+    for preset in PRESETS:
+        for network in SMOKE:
+            settings(notebook(preset=preset)).config(network=network, T=1)
+
+
+TINY = dict(width=1 / 16, image_size=16, T=1, train_images=64, batch_size=32, lr=0.01)
+
+
+def test_all_runs_are_done_in_order_and_logged():
+    lines = []
+    configs = [Config(seed=seed, **TINY) for seed in (1, 0, 2)]
+    done = run_all(configs, log=lines.append)
+    assert [r.config["seed"] for r in done] == [1, 0, 2]
+    assert sum("epoch 1/1" in line for line in lines) == 3 and "3/3 runs" in lines[-1]
+    lines.clear()
+    again = run_all(configs, log=lines.append)
+    assert again == done and not any("epoch" in line for line in lines)
+
+
+def test_one_failure_does_not_cost_the_others():
+    lines = []
+    configs = [Config(**TINY), Config(lr=1e30, **{k: v for k, v in TINY.items() if k != "lr"}, epochs=3)]
+    with pytest.raises(RuntimeError, match="no longer finite"):
+        run_all(configs, log=lines.append)
+    assert records.find(configs[0]) and not records.find(configs[1])
+    assert any("failed: the loss" in line for line in lines)
+
+
+def test_the_bar():
+    assert experiments.bar(0, 4) == "[....................] 0/4 runs"
+    assert experiments.bar(3, 4, "x") == "[###############.....] 3/4 runs  x"

@@ -1,0 +1,164 @@
+"""The networks against the paper's own numbers, and with any neuron."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import staa
+from staa import LIF, NETWORKS, STAALIF, build, firing_rates, neurons
+
+
+def parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def multiply_adds(network, *shape):
+    with FlopCounterMode(display=False) as counter:
+        network.eval()(torch.rand(shape))
+    return counter.get_total_flops() / 2
+
+
+def test_the_papers_parameters():
+    # Section 4.5: 12.69 M.
+    assert parameters(build("resnet20", neuron="staa", num_classes=10, T=4)) == 12_685_149
+    assert parameters(build("resnet20", neuron="lif", num_classes=10, T=4)) == 11_247_946
+    assert parameters(build("resnet20", neuron="staa", num_classes=100, T=4)) == 12_731_319
+
+
+def test_the_papers_multiply_adds():
+    # Section 4.5: 0.87 G for one 32 x 32 image and four steps.
+    assert multiply_adds(build("resnet20", T=4), 1, 3, 32, 32) == pytest.approx(0.871e9, abs=0.0005e9)
+    assert multiply_adds(build("resnet20", T=1), 1, 3, 32, 32) == pytest.approx(0.871e9 / 4, abs=0.0005e9)
+
+
+def conv_bn(c_in, c_out, k):
+    return c_in * c_out * k * k + 2 * c_out
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("vgg13", sum(conv_bn(i, o, 3) for i, o in [(3, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256),
+                                                (256, 512), (512, 512), (512, 512), (512, 512)])),
+    ("resnet19", conv_bn(3, 128, 3) + 6 * conv_bn(128, 128, 3) + conv_bn(128, 256, 3) + 5 * conv_bn(256, 256, 3)
+     + conv_bn(128, 256, 1) + conv_bn(256, 512, 3) + 3 * conv_bn(512, 512, 3) + conv_bn(256, 512, 1)),
+])
+def test_layouts_by_counting(name, expected):
+    assert parameters(build(name, "lif", num_classes=10)) == expected + 512 * 10 + 10
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+def test_imagenet_networks_have_torchvisions_parameters(name):
+    import torchvision
+
+    assert parameters(build(name, "lif", num_classes=1000)) == parameters(torchvision.models.get_model(name))
+
+
+@pytest.mark.parametrize("neuron", ["lif", "staa"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_spikes_are_zero_or_one_in_every_layer(name, neuron):
+    network = build(name, neuron, T=2, width=1 / 16)
+    layers, seen = neurons(network), []
+    for layer in layers.values():
+        layer.register_forward_hook(lambda layer, x, spikes: seen.append((spikes.shape[0], set(spikes.unique().tolist()))))
+    logits = network(torch.randn(3, 3, 32, 32))
+    assert logits.shape == (3, 10)
+    assert len(seen) == len(layers) == {"vgg13": 10, "resnet19": 17, "resnet20": 19, "resnet18": 17, "resnet34": 33}[name]
+    assert all(steps == 2 and values <= {0.0, 1.0} for steps, values in seen)
+    assert any(values == {0.0, 1.0} for _, values in seen)
+
+
+def calibrated(network, x):
+    """In evaluation, with the statistics of x in every BN: an untrained network would hardly spike."""
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None
+    network.train()(x)
+    return network.eval()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_image_is_the_same_frame_at_every_step(name):
+    x = torch.randn(2, 2, 32, 32)
+    network = calibrated(build(name, T=3, width=1 / 16, in_channels=2), x)
+    torch.testing.assert_close(network(x), network(x.unsqueeze(1).repeat(1, 3, 1, 1, 1)))
+
+
+def test_the_order_of_frames_matters_and_logits_are_their_mean():
+    frames = torch.randn(2, 4, 3, 16, 16)
+    network = calibrated(build("resnet20", "lif", T=4, width=1 / 8), frames)
+    assert not torch.allclose(network(frames), network(frames.flip(1)))
+    single = build("resnet20", "lif", T=1, width=1 / 8).eval()
+    single.load_state_dict(network.state_dict())
+    # With neurons that forget at once the steps are independent, and the output is the mean of single steps.
+    for layer in [*neurons(network).values(), *neurons(single).values()]:
+        layer.decay = 0.0
+    expected = torch.stack([single(frames[:, t]) for t in range(4)]).mean(0)
+    torch.testing.assert_close(network(frames), expected)
+
+
+def test_any_class_or_factory_can_be_the_neuron():
+    class Mine(nn.Module):
+        def __init__(self, channels, T):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(channels, 1, 1))
+            self.lif = LIF()
+
+        def forward(self, x):
+            return self.lif(x * self.scale)
+
+    assert all(isinstance(layer, Mine) for layer in neurons(build("vgg13", Mine, width=1 / 16)).values())
+    ann = build("resnet20", lambda channels, T: nn.ReLU(), width=1 / 16)
+    assert ann(torch.rand(2, 3, 16, 16)).shape == (2, 10)
+    mixed = build("resnet20", lambda channels, T: STAALIF(channels, T) if channels > 8 else LIF(), width=1 / 8)
+    assert {type(layer) for layer in neurons(mixed).values()} == {LIF, STAALIF}
+
+
+def test_settings_reach_every_neuron():
+    network = build("vgg13", "staa", width=1 / 16, sa=False, beta=0.3)
+    assert all(layer.sa is None and layer.beta == 0.3 for layer in neurons(network).values())
+
+
+def test_it_trains_in_any_layout_and_gradients_reach_all_weights():
+    network = build("resnet20", T=2, width=1 / 8, beta=0.0).to(memory_format=torch.channels_last)
+    network(torch.randn(4, 3, 16, 16)).square().sum().backward()
+    silent = [n for n, p in network.named_parameters() if p.grad is None]
+    assert not silent
+
+
+def test_firing_rates_are_mean_spikes():
+    network = calibrated(build("vgg13", "lif", T=2, width=1 / 16), torch.randn(3, 3, 32, 32))
+    kept = {}
+    for name, layer in neurons(network).items():
+        layer.register_forward_hook(lambda layer, x, spikes, name=name: kept.setdefault(name, []).append(spikes))
+    with firing_rates(network) as rates:
+        network(torch.randn(3, 3, 32, 32))
+        network(torch.randn(1, 3, 32, 32))
+    assert rates() == pytest.approx({name: torch.cat(s, 1).mean().item() for name, s in kept.items()})
+    assert all(0 < rate < 1 for rate in rates().values())
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(network="resnet50"), "network must be one of vgg13, resnet19"), (dict(neuron="lief"), "neuron must be one of"),
+    (dict(T=0), "T must be at least 1"), (dict(num_classes=0), "num_classes"), (dict(in_channels=0), "in_channels"),
+    (dict(width=0), "width must be above 0"), (dict(r=0), "r, the scaling")])
+def test_bad_arguments(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        build(**{"network": "resnet20"} | arguments)
+
+
+@pytest.mark.parametrize("name, shape, words", [
+    ("vgg13", (1, 3, 16, 16), "at least 32 x 32, got 16 x 16"), ("resnet20", (1, 1, 32, 32), "C=3"),
+    ("resnet20", (1, 2, 3, 32, 32), "T=4"), ("resnet20", (3, 32, 32), "takes images"),
+    ("resnet18", (1, 3, 16, 16), "at least 32")])
+def test_bad_input(name, shape, words):
+    with pytest.raises(ValueError, match=words):
+        build(name, width=1 / 16)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("name, size", [("vgg13", 32), ("resnet19", 4), ("resnet20", 16), ("resnet18", 32)])
+def test_the_smallest_image_works(name, size):
+    assert build(name, T=1, width=1 / 16).eval()(torch.rand(1, 3, size, size)).shape == (1, 10)
+
+
+def test_the_public_names_are_there():
+    assert all(hasattr(staa, name) for name in staa.__all__)

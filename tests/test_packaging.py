@@ -1,0 +1,101 @@
+"""The pins agree, the imports go downwards, and the README's commands exist."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from staa import records
+
+ROOT = records.ROOT
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def pins():
+    lines = [Requirement(line) for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    return [(r.name, next(iter(r.specifier)).version) for r in lines if all(s.operator == "==" for s in r.specifier)]
+
+
+def test_every_dependency_is_pinned_within_its_bounds():
+    extras = PROJECT["project"]["optional-dependencies"]
+    for text in [*PROJECT["project"]["dependencies"], *(d for names in extras.values() for d in names)]:
+        wanted = Requirement(text)
+        versions = [version for name, version in pins() if name == wanted.name]
+        assert versions and all(wanted.specifier.contains(v) for v in versions), text
+
+
+def test_everything_in_requirements_is_pinned_and_names_no_address():
+    text = (ROOT / "requirements.txt").read_text()
+    assert len(pins()) == len(text.splitlines()) and "://" not in text and "--" not in text
+
+
+def test_torch_and_torchvision_are_the_pair():
+    constraints = PROJECT["tool"]["uv"]["constraint-dependencies"]
+    assert sorted(constraints) == sorted(f"{n}=={v}" for n, v in pins() if n in ("torch", "torchvision"))
+
+
+def test_conda_takes_the_same_pins():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python, pip, packages = environment["dependencies"]
+    assert packages == {"pip": ["-r requirements.txt", "-e ."]}, "one list of pins: requirements.txt"
+    minor = PROJECT["project"]["requires-python"].removeprefix(">=")
+    assert python == f"python={minor}" and pip == "pip"
+
+
+def test_the_core_imports_need_no_more_than_torch_torchvision_and_numpy():
+    code = ("import sys, json, staa; staa.build('resnet20', width=1/16); "
+            "print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))")
+    loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert not {"pandas", "matplotlib", "sklearn", "seaborn", "tonic", "IPython", "papermill"} & set(loaded)
+
+
+def test_imports_go_downwards():
+    order = ["neuron", "attention", "networks", "records", "data", "config", "train", "experiments", "tables"]
+    files = {path.stem: path for path in (ROOT / "staa").glob("*.py") if path.stem != "__init__"}
+    assert set(files) == set(order), "a new module takes its place in this list and in the README"
+    for name, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                below = [node.module] if node.module else [alias.name for alias in node.names]
+                assert all(order.index(module) < order.index(name) for module in below), f"{name} imports {below}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "staa").glob("*.py")), ids=lambda path: path.stem)
+def test_a_file_is_read_in_one_sitting(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 300 and max(map(len, lines)) <= 120
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_make_alone_lists_the_targets():
+    out = subprocess.run(["make", "-C", str(ROOT), "--no-print-directory"], capture_output=True, text=True, check=True).stdout
+    targets = re.findall(r"^([a-z]+): .*##", (ROOT / "Makefile").read_text(), re.M)
+    assert {"setup", "test"} <= set(targets) and all(f"make {target}" in out for target in targets) and "table1" in out
+
+
+def test_the_readmes_code_runs():
+    (snippet,) = [s for s in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "STAALIF" in s]
+    exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_the_readmes_paths_and_targets_exist():
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / path).exists(), path
+    known = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    known += [path.stem for path in (ROOT / "notebooks").glob("*.ipynb")]
+    for target in re.findall(r"^make ([a-z0-9]+)", text, re.M):
+        assert target in known, target
+
+
+def test_the_readmes_results_are_the_records():
+    from staa import tables
+
+    shown = re.search(r"<!-- results.*?-->\n(.*?)\n<!-- end of results -->", (ROOT / "README.md").read_text(), re.S)
+    assert shown and shown[1].strip() == tables.results().to_markdown(index=False, disable_numparse=True)

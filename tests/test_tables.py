@@ -1,0 +1,121 @@
+import csv
+import re
+import statistics
+
+import pytest
+
+from staa import Config, Record, records, tables
+from staa.experiments import PRESETS, TABLE1, Settings
+
+
+def record(accuracy, folder=None, **settings):
+    """A record with made-up accuracies of its last epoch, as if this config had been run."""
+    config = Config(**settings)
+    import json
+
+    made = Record(json.loads(config.json), {"epochs": [{"test_accuracy": 99.0}, {"test_accuracy": accuracy}],
+                                            "train_images": config.train_images or 50_000}, {})
+    if folder:
+        made.save(folder / f"{config.name}.json")
+    return made
+
+
+@pytest.fixture
+def vouched(tmp_path, monkeypatch):
+    monkeypatch.setenv("STAA_RECORDS", str(tmp_path / "records"))
+    return tmp_path / "records"
+
+
+def rows(name):
+    with open(records.ROOT / "data" / "paper" / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_row_of_the_papers_tables_is_there():
+    assert {name: len(rows(name)) for name in ("table1", "table2", "table3", "table4")} == {
+        "table1": 58, "table2": 16, "table3": 21, "table4": 6}
+    for name in ("table1", "table2", "table3", "table4"):
+        for row in rows(name):
+            assert re.fullmatch(r"\d\d\.\d{1,2}|", row["accuracy"]) and row["where"]
+            assert row["accuracy"] or row["note"] == "not in our source"
+
+
+def test_table_4_adds_up():
+    numbers = rows("table4")
+    for row in numbers[1:]:
+        assert float(row["accuracy"]) - float(numbers[0]["accuracy"]) == pytest.approx(float(row["gain"]))
+
+
+def test_the_papers_energy_adds_up():
+    n = {(row["setting"], row["quantity"]): float(row["value"]) for row in rows("sections") if row["item"] == "energy"
+         and re.fullmatch(r"[\d.]+", row["value"])}
+    assert (n["per AC", "energy"] * n["network", "ACs"] + n["per MAC", "energy"] * n["network", "MACs"]
+            == pytest.approx(n["network", "energy"]))  # pJ x G = mJ
+
+
+def test_printed_numbers_are_kept_to_the_digit_and_lost_ones_are_shown_as_lost():
+    table = tables.paper_table1()
+    assert list(table.columns) == ["Method", "Architecture", "T", "Paper: CIFAR-10", "Paper: CIFAR-100"]
+    assert table.iloc[6].tolist() == ["PFA [14]", "ResNet-19", "2", "95.6", "76.7"]
+    own = table[table.Method == "STAA-SNN"]
+    assert [(a, int(t)) for a, t in zip(own.Architecture, own["T"])] == [(tables.ARCHITECTURES[n], t) for n, t in TABLE1]
+    lost = (own == "not in our source").any(axis=1)
+    assert lost.sum() == 7 and own[~lost].values.tolist() == [["STAA-SNN", "ResNet-19", "4", "97.14", "82.05"]]
+
+
+def test_mean_and_deviation():
+    accuracies = [90.0, 92.0, 97.0]
+    found = [record(a, seed=s) for s, a in enumerate(accuracies)]
+    assert tables.mean_sd(found[:1]) == "90.00", "the last epoch's accuracy, not the best"
+    assert tables.mean_sd(found) == f"{sum(accuracies) / 3:.2f} ± {statistics.stdev(accuracies):.2f} (n=3)"
+    assert tables.mean_sd([]) == "not run"
+
+
+def test_the_table_shows_paper_records_and_this_run(vouched):
+    for seed, accuracy in enumerate([93.0, 94.0]):
+        record(accuracy, vouched, dataset="cifar10", network="resnet20", T=4, epochs=50, seed=seed)
+    runs = [record(81.5, network="resnet20", T=4), record(71.25, network="resnet20", T=4, neuron="lif")]
+    table = tables.table1(Settings("smoke", 1, {}), runs)
+    row = table[(table.Method == "STAA-SNN") & (table.Architecture == "ResNet-20") & (table["T"] == "4")].iloc[0]
+    assert row["Recorded: CIFAR-10"] == "93.50 ± 0.71 (n=2); 50 epochs, width 1, 50,000 images"
+    assert row["Recorded: CIFAR-100"] == "no record"
+    assert (row["This run: digits, STAA"], row["This run: digits, LIF"]) == ("81.50", "71.25")
+    others = table[table.Method != "STAA-SNN"]
+    assert len(table) == 29 and (others.iloc[:, 5:] == "").all(axis=None)
+    assert (table[table.Method == "STAA-SNN"]["This run: digits, STAA"] == "not run").sum() == 7
+
+
+def test_the_record_shown_is_chosen_by_its_training_and_never_by_its_accuracy(vouched):
+    same = dict(dataset="cifar10", network="resnet20", T=4)
+    record(99.0, vouched, epochs=5, **same)
+    record(91.0, vouched, epochs=50, **same)
+    record(98.0, vouched, epochs=500, width=0.25, **same)
+    record(97.0, vouched, epochs=900, neuron_settings={"beta": 0.5}, **same)
+    assert tables.recorded(neuron="staa", **same) == "91.00; 50 epochs, width 1, 50,000 images"
+
+
+def test_a_run_on_digits_says_that_it_is_not_cifar():
+    smoke = tables.header(Settings("smoke", 1, {}), [record(80.0, **PRESETS["smoke"])])
+    assert "preset smoke, dataset digits" in smoke and "not CIFAR" in smoke
+    short = tables.header(Settings("short", 2, {}), [record(80.0, **PRESETS["short"])])
+    assert "no reproduction" in short and "2 seeds" in short
+    paper = tables.header(Settings("paper", 1, {}), [record(80.0, **PRESETS["paper"])])
+    assert "reproduction" not in paper
+    assert "no reproduction" in tables.header(Settings("paper", 1, {"epochs": 3}), [record(80.0, **PRESETS["paper"])])
+
+
+def test_a_table_is_the_same_in_markdown_csv_and_latex():
+    table = tables.table1(Settings("smoke", 1, {}), [record(81.5, network="resnet20", T=4)])
+    tables.save(table, "table1", "A note, 100 % honest.")
+    folder = records.folder("figures")
+    cells = [list(table.columns), *table.astype(str).values.tolist()]
+
+    lines = [line for line in (folder / "table1.md").read_text().splitlines() if line.startswith("|") and "|:--" not in line]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines] == cells
+    with open(folder / "table1.csv", newline="") as file:
+        assert list(csv.reader(file)) == cells
+    text = (folder / "table1.tex").read_text()
+    body = [line.removesuffix(r" \\").split(" & ") for line in text.splitlines() if line.endswith(r"\\")]
+    assert [[cell.strip().replace(r"\_", "_") for cell in line] for line in body] == cells
+    assert r"100 \% honest" in text and text.count(r"\begin") == text.count(r"\end") == 2
+    assert "A note" in (folder / "table1.md").read_text()
