@@ -69,15 +69,26 @@ def locked(place: Path, on_wait: Callable[[], None]):
         lock.release()
 
 
+@contextmanager
+def own_state(config: Config, device: torch.device):
+    """The run's own number of threads and random generator; the caller's are as before at the end."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _train(config: Config, place: Path, device, data_root, workers, log) -> Record:
+    code = commit()  # of the code that is loaded now: the checkout may move on while this runs
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     train_set, test_set = (data.load(config.dataset, train, data_root) for train in (True, False))
     indices = data.subset(train_set.targets, config.train_images) if config.train_images else range(len(train_set))
     if workers is None:
         workers = 0 if config.dataset == "digits" else min(os.cpu_count() or 1, 8)
-    threads, before = config.threads, torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with own_state(config, device):
         torch.manual_seed(data.mix(config.seed))
         network = build(config.network, config.neuron, len(train_set.classes), config.T,
                         data.describe(config.dataset).channels, config.width, **config.neuron_settings)
@@ -101,14 +112,12 @@ def _train(config: Config, place: Path, device, data_root, workers, log) -> Reco
                                            "epochs": epochs, "seconds": seconds, "firing_rates": rates})
             log(f"{config}: epoch {epoch + 1}/{config.epochs}  loss {loss:.3f}  train {accuracy:5.2f} %  "
                 f"test {test_accuracy:5.2f} %  {seconds[-1]:.1f} s")
-    finally:
-        torch.set_num_threads(before)
     state = torch.load(place / "checkpoint.pt", map_location="cpu", weights_only=True)
     outcome = {"epochs": epochs, "test_accuracy": epochs[-1]["test_accuracy"], "firing_rates": state["firing_rates"],
                "parameters": sum(p.numel() for p in network.parameters()),
                "classes": len(train_set.classes), "train_images": len(indices), "test_images": len(test_set),
                "fingerprint": {"train": data.fingerprint(train_set), "test": data.fingerprint(test_set)}}
-    record = Record(json.loads(config.json), outcome, provenance(device, seconds))
+    record = Record(json.loads(config.json), outcome, provenance(device, seconds, code))
     save(place / "weights.pt", state["network"])
     record.save(place / "record.json")
     (place / "checkpoint.pt").unlink(missing_ok=True)
@@ -201,10 +210,10 @@ def resume(path: Path, network, optimizer) -> tuple[list, list]:
                                   "from its first epoch.") from None
 
 
-def provenance(device, seconds: list[float]) -> dict:
+def provenance(device, seconds: list[float], code: str) -> dict:
     """Where and how a run was made: what may differ between two runs of the same config."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    return {"seconds": round(sum(seconds), 3), "seconds_per_epoch": seconds, "device": name, "commit": commit(),
+    return {"seconds": round(sum(seconds), 3), "seconds_per_epoch": seconds, "device": name, "commit": code,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "software": {"python": platform.python_version(), "torch": torch.__version__,
                          "torchvision": torchvision.__version__}}
