@@ -8,7 +8,7 @@ import os
 import queue
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from multiprocessing import get_context
 
@@ -32,6 +32,10 @@ SMOKE = {"vgg13": dict(width=1 / 8, image_size=32), "resnet19": dict(width=1 / 8
 #: Table 1's own rows.
 TABLE1 = [("vgg13", 2), ("vgg13", 4), ("resnet19", 1), ("resnet19", 2), ("resnet19", 4),
           ("resnet20", 1), ("resnet20", 2), ("resnet20", 4)]
+
+
+#: What a notebook's parameters can be.
+PARAMETERS = {"preset", "seeds"} | {field.name for field in fields(Config)}
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,9 @@ def settings(namespace: Mapping) -> Settings:
     A parameter that is None keeps the preset's value. Raises ConfigError on a name that the notebook's parameters cell
     does not have (papermill itself only warns) and on whatever the preset or Config does not allow.
     """
+    # The notebook's own cell comes first; papermill's, which begins the same way, after it.
     cells = [source for source in namespace.get("In", []) if source.startswith("# Parameters")]
-    if not cells:
-        raise ConfigError("the cell tagged parameters must begin with '# Parameters' and have been run")
-    known, *injected = [assigned(source) for source in cells]  # papermill's own cell begins the same way
+    known, *injected = [assigned(source) for source in cells] or [PARAMETERS & namespace.keys()]  # nbval keeps no In
     for name in set().union(*injected) - known:
         raise ConfigError(f"a parameter of this notebook must be one of {', '.join(sorted(known))}, got {name!r}")
     given = {name: namespace[name] for name in known if namespace[name] is not None}

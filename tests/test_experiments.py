@@ -86,3 +86,9 @@ def test_one_failure_does_not_cost_the_others():
 def test_the_bar():
     assert experiments.bar(0, 4) == "[....................] 0/4 runs"
     assert experiments.bar(3, 4, "x") == "[###############.....] 3/4 runs  x"
+
+
+def test_a_kernel_without_history_will_do():
+    namespace = notebook(lr=0.5)
+    namespace["In"] = [""]  # as nbval runs it
+    assert settings(namespace).changes == {"lr": 0.5}

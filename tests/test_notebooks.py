@@ -79,10 +79,9 @@ def test_its_parameters_are_commented_literals(notebook):
 
 
 def test_every_parameter_is_a_setting_that_exists(notebook):
-    from staa import Config
-    from staa.experiments import assigned
+    from staa.experiments import PARAMETERS, assigned
 
-    assert assigned(parameters(notebook[1])) - {"preset", "seeds"} <= Config.__dataclass_fields__.keys()
+    assert assigned(parameters(notebook[1])) <= PARAMETERS
 
 
 def test_its_shape_is_the_houses(notebook):
