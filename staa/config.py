@@ -32,7 +32,7 @@ class Config:
     network: str = "resnet20"          # a name of staa.networks.NETWORKS
     width: float = 1.0                 # multiplies the channels of every layer
     neuron: str = "staa"               # a name of staa.networks.NEURONS
-    neuron_settings: dict = field(default_factory=dict)  # the neuron's own, e.g. {"r": 8, "beta": 0.0}; the rest default
+    neuron_settings: dict = field(default_factory=dict)  # the neuron's own, like {"r": 8}; the rest are its defaults
     T: int = 4                         # time steps
     # training: SGD, cosine schedule down to 0
     epochs: int = 1
@@ -77,7 +77,7 @@ class Config:
         self._check_neuron()
 
     def _check_neuron(self):
-        """Fill neuron_settings with the neuron's defaults, so that the record is whole, and let the neuron judge them."""
+        """Fill in the neuron's defaults, so that the record is whole, and let the neuron judge them."""
         allowed = settings_of(NEURONS[self.neuron])
         for name in self.neuron_settings:
             if name not in allowed:

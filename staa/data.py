@@ -16,7 +16,7 @@ from .records import folder
 
 
 class DataError(RuntimeError):
-    """A dataset that is not there or damaged; the message is one sentence: what was looked for, where, how to get it."""
+    """A dataset that is missing or damaged; the message is one sentence: what, where, how to get it."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ def _image_folder(root: Path, train: bool) -> Dataset:
             try:
                 images = _Images(root / split)
             except FileNotFoundError as error:
-                raise DataError(f"the folder {root / split} must hold one folder of images a class ({error}).") from None
+                raise DataError(f"the folder {root / split} must hold one folder of images a class ({error})."
+                                ) from None
             others = sorted(e.name for other in ("train", "val", "test") if (root / other).is_dir()
                             for e in os.scandir(root / other) if e.is_dir() and e.name not in images.classes)
             if others:

@@ -119,15 +119,16 @@ def run_all(configs: list[Config], *, log: Callable[[str], None] = print) -> lis
 
 def _outcomes(configs, log):
     """(config, Record or Exception) as each run ends."""
-    jobs = 1 if torch.cuda.is_available() else max((os.cpu_count() or 1) // max((c.threads for c in configs), default=1), 1)
-    if min(jobs, len(configs)) <= 1:
+    threads = max((config.threads for config in configs), default=1)
+    jobs = min(1 if torch.cuda.is_available() else (os.cpu_count() or 1) // threads, len(configs))
+    if jobs <= 1:
         for config in configs:
             yield config, attempt(config, log)
         return
     context = get_context("spawn")
     with context.Manager() as manager:
         lines = manager.Queue()
-        with ProcessPoolExecutor(min(jobs, len(configs)), mp_context=context) as pool:
+        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
             # Longest first, so that no core is left with a long run at the end.
             order = sorted(configs, key=lambda c: c.T * (c.network == "resnet19") + c.T, reverse=True)
             pending = {pool.submit(attempt, config, lines.put): config for config in order}

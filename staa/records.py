@@ -56,7 +56,7 @@ class Record:
                 raise ValueError("its checksum is wrong")
             return cls(**body)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RecordError(f"the record {path} is damaged ({error}); delete it, and the run is made again.") from None
+            raise RecordError(f"the record {path} is damaged ({error}); delete it to make the run again.") from None
 
 
 def checksum(body: dict) -> str:
@@ -95,4 +95,4 @@ def write(path: Path, content: bytes):
     except OSError as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
-        raise RecordError(f"{path} could not be written ({error.strerror}); what was there before is untouched.") from None
+        raise RecordError(f"{path} could not be written ({error.strerror}); what was there is untouched.") from None

@@ -17,7 +17,7 @@ LABELS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 
 
 def paper(name: str) -> pd.DataFrame:
-    """data/paper/NAME.csv as text, a row a number, digits as printed; a cell lost in our source is "not in our source"."""
+    """data/paper/NAME.csv as text, a row a number, digits as printed; a lost cell is "not in our source"."""
     frame = pd.read_csv(records.folder("paper") / f"{name}.csv", dtype=str, keep_default_na=False)
     return frame.assign(accuracy=frame.accuracy.replace("", LOST)) if "accuracy" in frame else frame
 
@@ -104,8 +104,8 @@ def results() -> pd.DataFrame:
     for group in groups.values():
         c, first = group[0].config, group[0]
         rates = [statistics.mean(r.outcome["firing_rates"].values()) for r in group]
-        rows.append({"Dataset": LABELS.get(c["dataset"], c["dataset"]), "Network": ARCHITECTURES[c["network"]], "T": c["T"],
-                     "Neuron": c["neuron"].upper(), "Training": f"{training(first)}, lr {c['lr']:g}",
+        rows.append({"Dataset": LABELS.get(c["dataset"], c["dataset"]), "Network": ARCHITECTURES[c["network"]],
+                     "T": c["T"], "Neuron": c["neuron"].upper(), "Training": f"{training(first)}, lr {c['lr']:g}",
                      "Test accuracy, %": mean_sd(group), "Firing rate": f"{statistics.mean(rates):.3f}",
                      "Parameters": f"{first.outcome['parameters']:,}",
                      "Minutes a run": f"{statistics.mean(r.provenance['seconds'] for r in group) / 60:.0f}",
@@ -114,15 +114,15 @@ def results() -> pd.DataFrame:
 
 
 def header(settings: Settings, runs: list[Record]) -> str:
-    """One sentence that says on what this run's numbers stand, and that they are no reproduction where they are none."""
+    """What this run's numbers stand on, in words; and that they are no reproduction where they are none."""
     if not runs:
         return "Nothing was run."
-    r = runs[0]
-    sizes = sorted({record.config["width"] for record in runs})
-    text = (f"This run: preset {settings.preset}, dataset {', '.join(dict.fromkeys(r.config['dataset'] for r in runs))}, "
-            f"{r.config['epochs']} epochs, width {', '.join(f'{w:g}' for w in sizes)}, "
+    datasets = dict.fromkeys(record.config["dataset"] for record in runs)
+    widths = sorted({record.config["width"] for record in runs})
+    text = (f"This run: preset {settings.preset}, dataset {', '.join(datasets)}, {runs[0].config['epochs']} epochs, "
+            f"width {', '.join(f'{width:g}' for width in widths)}, "
             f"{settings.seeds} seed{'s' * (settings.seeds > 1)}; test accuracy of the last epoch in percent.")
-    if "digits" in {record.config["dataset"] for record in runs}:
+    if "digits" in datasets:
         text += " These are 8 x 8 handwritten digits, not CIFAR: the numbers show that everything works, nothing more."
     elif settings.preset != "paper" or settings.changes:
         text += " This is not the paper's setting: the numbers are no reproduction of it."
