@@ -1,0 +1,242 @@
+"""Records on disk: whole or not at all, whatever the disk, the permissions and other processes do."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import faults
+import numpy as np
+import pytest
+from faults import PROCESSES, SMALL, apart, epochs_of
+
+from staa import records
+from staa.records import Record, RecordError, find, vouched, write
+from staa.train import run
+
+quiet = partial(run, device="cpu", workers=0, log=lambda line: None)
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    """Holds the images to train on; runs/ and data/ are conftest's."""
+    monkeypatch.setenv("STAA_RECORDS", str(tmp_path / "records"))
+    faults.images(tmp_path)
+    return tmp_path
+
+
+def a_record(*accuracies, seed=0):
+    epochs = [{"test_accuracy": accuracy, "test_loss": 1 / 3} for accuracy in accuracies]
+    return Record({"seed": seed, "lr": 0.1}, {"epochs": epochs}, {"seconds": 1.5, "device": "x86_64 CPU"})
+
+
+def one_sentence(error, *words):
+    text = str(error.value if hasattr(error, "value") else error)
+    assert "\n" not in text and text.endswith(".") and all(str(word) in text for word in words), text
+    return True
+
+
+# --- a record ---
+
+def test_a_record_comes_back_as_it_was_and_its_accuracy_is_the_last_epochs(tmp_path):
+    record = a_record(12.5, 93.7, 91.26)
+    record.save(tmp_path / "new" / "record.json")
+    again = Record.load(tmp_path / "new" / "record.json")
+    assert again == record and again.accuracy == 91.26
+    assert os.listdir(tmp_path / "new") == ["record.json"]
+
+
+DAMAGE = {
+    "truncated": lambda text: text[:len(text) // 2],
+    "without its end": lambda text: text[:-3],
+    "another digit": lambda text: text.replace('"test_accuracy": 91.26', '"test_accuracy": 91.27', 1),
+    "another seed": lambda text: text.replace('"seed": 0', '"seed": 1'),
+    "without checksum": lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "sha256"}),
+    "empty": lambda text: "",
+    "binary": lambda text: "\udcff\udc80\udcfe" * 9,
+    **{shape: lambda text, shape=shape: shape for shape in ("[]", "{}", "null", "1.5", '"sha256"', '[{"sha256": 1}]')},
+    "another format": lambda text: signed(json.loads(text) | {"format": 2}),
+    "other keys": lambda text: signed({"format": 1, "config": {}, "outcome": {}}),
+}
+
+
+def signed(body):
+    """A body with a true checksum, by the format's definition."""
+    body.pop("sha256", None)
+    return json.dumps(body | {"sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()})
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_record_is_refused_and_not_trained_over(root, damage):
+    file = root / "runs" / SMALL.name / "record.json"
+    a_record(12.5, 91.26).save(file)
+    good = file.read_text()
+    file.write_text(signed(json.loads(good)))
+    assert Record.load(file) == a_record(12.5, 91.26), "the checksum is that of the format's definition"
+    bad = DAMAGE[damage](good).encode(errors="surrogateescape")
+    assert bad != good.encode()
+    file.write_bytes(bad)
+    for use in (partial(Record.load, file), partial(quiet, SMALL)):
+        with pytest.raises(RecordError, match="is damaged") as caught:
+            use()
+        assert one_sentence(caught, file, "delete it")
+    assert file.read_bytes() == bad and os.listdir(file.parent) == ["record.json"]
+
+
+def test_the_users_own_record_wins_over_the_projects(root):
+    assert find(SMALL) is None
+    a_record(50.0).save(root / "records" / f"{SMALL.name}.json")
+    assert find(SMALL).accuracy == 50.0 == quiet(SMALL).accuracy
+    a_record(60.0).save(root / "runs" / SMALL.name / "record.json")
+    assert find(SMALL).accuracy == 60.0
+    assert find(SMALL, root / "elsewhere").accuracy == 50.0
+    assert find(SMALL.but(seed=1)) is None
+
+
+def test_all_records_of_the_project_are_listed_by_name(root):
+    assert vouched() == []
+    for seed in (2, 0, 1):
+        a_record(seed, seed=seed).save(root / "records" / f"cifar-{seed}.json")
+    (root / "records" / "README.md").write_text("not a record")
+    assert [record.config["seed"] for record in vouched()] == [0, 1, 2]
+    (root / "records" / "cifar-1.json").write_text("{")
+    with pytest.raises(RecordError, match="cifar-1.json is damaged"):
+        vouched()
+
+
+# --- a full or failing disk ---
+
+def failing(code, after=0):
+    """A system call that fails after so many good ones; `real` is set by whoever patches."""
+    def call(*args, real, **kwargs):
+        nonlocal after
+        after -= 1
+        if after < 0:
+            raise OSError(code, os.strerror(code))
+        return real(*args, **kwargs)
+    return call
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("name", ["fsync", "replace", "chmod"])
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, name, code):
+    write(tmp_path / "file", b"old")
+    monkeypatch.setattr(os, name, partial(failing(code), real=getattr(os, name)))
+    with pytest.raises(RecordError) as caught:
+        write(tmp_path / "file", b"new")
+    assert one_sentence(caught, tmp_path / "file", os.strerror(code))
+    monkeypatch.undo()
+    assert (tmp_path / "file").read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["data", "file"]
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3, 4])
+def test_a_run_on_a_full_disk_stops_and_goes_on_later(root, monkeypatch, whole, after):
+    """Room for `after` files: three checkpoints, the weights and the record make five."""
+    lines = []
+    monkeypatch.setattr(os, "fsync", partial(failing(errno.ENOSPC, after), real=os.fsync))
+    with pytest.raises(RecordError) as caught:
+        run(SMALL, device="cpu", workers=0, log=lines.append)
+    assert one_sentence(caught, root / "runs" / SMALL.name, "No space left on device")
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    assert epochs_of(lines) == list(range(1, min(after, 3) + 1))
+    kept = {"lock"} | ({"checkpoint.pt"} if after else set()) | ({"weights.pt"} if after > 3 else set())
+    assert set(os.listdir(root / "runs" / SMALL.name)) == kept
+    lines.clear()
+    record = run(SMALL, device="cpu", workers=0, log=lines.append)
+    assert epochs_of(lines) == list(range(after + 1, 4)) and record.outcome == whole.outcome
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The record of SMALL where nothing happens."""
+    root = tmp_path_factory.mktemp("whole")
+    faults.images(root)
+    return apart(root)[2]
+
+
+@pytest.mark.parametrize("size", [0, 5000])
+def test_a_file_cut_short_by_the_system_leaves_what_was_there(root, whole, size):
+    with pytest.raises(KeyboardInterrupt):
+        run(SMALL, device="cpu", workers=0, log=stop)
+    place = root / "runs" / SMALL.name
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    assert len(before["checkpoint.pt"]) > 5000
+    code, lines, error = apart(root, fault=partial(faults.no_file_above, size))
+    assert code == 0 and lines == [] and isinstance(error, RecordError)
+    assert one_sentence(error, place / "checkpoint.pt", "File too large")
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+    code, lines, record = apart(root)
+    assert epochs_of(lines) == [2, 3] and record.outcome == whole.outcome
+
+
+def stop(line):
+    raise KeyboardInterrupt
+
+
+# --- folders that cannot be used ---
+
+@pytest.mark.parametrize("folder", ["file/runs", "/proc/staa/runs", "/proc/self/fdinfo/runs", "/sys/staa", "link"])
+def test_a_folder_that_cannot_be_made_stops_before_training(root, monkeypatch, folder):
+    (root / "file").write_text("")
+    (root / "link").symlink_to(root / "link")
+    folder = root / folder
+    monkeypatch.setenv("STAA_RUNS", str(folder))
+    with pytest.raises(RecordError, match="set STAA_RUNS") as caught:
+        run(SMALL, device="cpu", workers=0, log=lambda line: pytest.fail("trained"))
+    assert one_sentence(caught, folder)
+
+
+@pytest.fixture
+def commons():
+    """A folder that any user may enter, as pytest's own is not."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("path, mode", [
+    ("runs", 0o555), ("runs", 0o000), (f"runs/{SMALL.name}", 0o555), (f"runs/{SMALL.name}", 0o000),
+    (f"runs/{SMALL.name}/record.json", 0o000), (f"runs/{SMALL.name}/lock", 0o444)])
+def test_what_permissions_forbid_stops_before_training(commons, path, mode):
+    path = commons / path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("") if path.name in ("record.json", "lock") else path.mkdir()
+    path.chmod(mode)
+    code, lines, error = apart(commons, fault=faults.as_nobody)
+    assert code == 0 and lines == [] and isinstance(error, RecordError), repr(error)
+    assert one_sentence(error, commons / "runs")
+
+
+# --- many at once ---
+
+def version(k, i):
+    body = np.random.default_rng((k, i)).bytes(1000 * (1 + (37 * k + 13 * i) % 100))
+    return hashlib.sha256(body).digest() + body
+
+
+def write_versions(path, k, times):
+    for i in range(times):
+        write(path, version(k, i))
+
+
+def test_a_reader_sees_one_whole_version_while_many_write(tmp_path):
+    path = tmp_path / "file"
+    write(path, version(0, 0))
+    writers = [PROCESSES.Process(target=write_versions, args=(path, k, 20)) for k in range(8)]
+    for writer in writers:
+        writer.start()
+    seen = set()
+    while any(writer.is_alive() for writer in writers):
+        content = path.read_bytes()
+        assert hashlib.sha256(content[32:]).digest() == content[:32]
+        seen.add(content[:32])
+    assert [writer.exitcode for writer in writers] == [0] * 8 and len(seen) > 1
+    assert path.read_bytes() in {version(k, 19) for k in range(8)}, "the last to write wrote its last"
+    assert sorted(os.listdir(tmp_path)) == ["data", "file"]
