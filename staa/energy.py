@@ -2,14 +2,15 @@
 
     E = 0.9 pJ ACs + 4.6 pJ MACs
 
-A multiply-add whose input is spikes is an accumulation (AC) and happens only where there is a spike: multiply-adds times
-the mean of the input. A multiply-add whose input is real numbers is a MAC and always happens. Which of the two a layer
-sees is decided by what arrives at it on data, 0 and 1 only or not, and by nothing else [ours; the paper does not say].
+A multiply-add whose input is spikes is an accumulation (AC) and happens only where there is a spike: multiply-adds
+times the mean of the input. A multiply-add whose input is real numbers is a MAC and always happens. Which of the two a
+layer sees is decided by what arrives at it on data, 0 and 1 only or not, and by nothing else [ours].
 
 Counted: convolutions and linear layers, zero padding included, and, by themselves, the attention's context product
-(eq. 8) and the mixing by M and N (eq. 14), which are no layers. BN is folded into the convolution before it, as it is at
-inference, unless `bn_folded=False` counts a MAC for every number it scales. Not counted, as in the paper: biases,
-residual additions, pooling, the plain neuron's fixed leak, softmax, normalisation and sigmoids of the attention.
+(eq. 8) and the mixing by M and N (eq. 14), which are no layers. BN is folded into the convolution before it, as it is
+at inference, unless `bn_folded=False` counts a MAC for every number it scales. Not counted: biases, residual additions,
+pooling, the plain neuron's fixed leak, softmax, normalisation and sigmoids of the attention; the paper's counts leave
+no room for them [ours].
 
 `staa.lemaire` adds what this leaves out: memory traffic and addressing.
 """
@@ -49,9 +50,9 @@ class Operation:
     """What one layer does for one image over all time steps: means over the images measured on.
 
     name: the module's name in the network; what: its kind, see COUNTED; in_neuron: whether it belongs to a neuron.
-    coefficients: stored numbers that it multiplies by. fan_out: how many of them meet one input; sums: how many of those
-    land on an output where the stride is above 1; biases: how many it has, a folded BN's included (all three are for
-    `staa.lemaire`).
+    coefficients: stored numbers that it multiplies by. fan_out: how many of them meet one input; sums: how many of
+    those land on an output where the stride is above 1; biases: how many it has, a folded BN's included (all three are
+    for `staa.lemaire`).
     multiply_adds, inputs, outputs: of one image over all T steps. spikes: inputs that are not 0. binary: whether
     nothing but 0 and 1 arrived.
     """
@@ -90,8 +91,8 @@ class Operation:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `measure` found, for one image. operations: from input to output. rates: firing rates by layer and time step,
-    empty for a network without spikes. units: neurons by layer. images: how many it was measured on."""
+    """What `measure` found, for one image. operations: from input to output. rates: firing rates by layer and time
+    step, empty for a network without spikes. units: neurons by layer. images: how many it was measured on."""
 
     operations: list[Operation]
     rates: dict[str, list[float]]

@@ -1,10 +1,10 @@
-"""Energy with memory traffic and addressing: Lemaire et al., "An Analytical Estimation of Spiking Neural Networks Energy
-Efficiency", ICONIP 2022 (arXiv 2210.13107), applied to a `staa.energy.Measurement`.
+"""Energy with memory traffic and addressing: Lemaire et al., "An Analytical Estimation of Spiking Neural Networks
+Energy Efficiency", ICONIP 2022 (arXiv 2210.13107), applied to a `staa.energy.Measurement`.
 
-The model: 45 nm, 32-bit integers, every number in SRAM, and no reuse: a multiply-add of real numbers reads its input and
-its weight from memory, a spike reads from its queue, and each weight that it meets is read together with the membrane
-potential that it is added to, which is written back. Every neuron's potential is also read and written once a time step
-for leak, reset and firing. An access costs the more, the larger the memory that holds the numbers (`pj_per_access`).
+The model: 45 nm, 32-bit integers, every number in SRAM, and no reuse: a multiply-add of real numbers reads its input
+and its weight from memory, a spike is read from its queue, and each weight that it meets is read together with the
+membrane potential that it is added to, which is written back. Every neuron's potential is also read and written once a
+time step for leak, reset and firing. An access costs the more, the larger the memory (`pj_per_access`).
 
 Its formulas are taken as SpikingJelly 2 and Qualia, by the authors' laboratory, implement them: one spike meets N_out
 weights of a linear layer, where eq. 2.4 in print has N_in N_out.
@@ -42,10 +42,22 @@ def energy(found: Measurement) -> dict[str, float]:
     for name, rates in found.rates.items():
         units, spikes = found.units[name], found.units[name] * sum(rates)
         leaks = 0 if name in mixed else units * found.T
-        total["operations"] += (macs(leaks) + adds(spikes)) * 1e-9                      # the reset is an addition a spike
+        total["operations"] += (macs(leaks) + adds(spikes)) * 1e-9  # the reset is an addition a spike
         total["potentials"] += 2 * units * found.T * pj_per_access(units) * 1e-9
         total["inputs and outputs"] += spikes * pj_per_access(QUEUE) * 1e-9
     return total
+
+
+def advantage(network: Measurement, twin: Measurement) -> tuple[float, float]:
+    """Energy of the ANN twin over the network's own: by operations alone (section 4.5), and by this model."""
+    return twin.millijoules / network.millijoules, sum(energy(twin).values()) / sum(energy(network).values())
+
+
+def break_even(network: Measurement, twin: Measurement) -> float:
+    """The firing rate of all neurons at which this model gives both the same energy, which is linear in the rate.
+    Below 0 where the network takes more than its twin even in silence."""
+    silent, always, goal = (sum(energy(found).values()) for found in (network.at_rate(0), network.at_rate(1), twin))
+    return (goal - silent) / (always - silent)
 
 
 def spiking(op: Operation, found: Measurement) -> dict[str, float]:
@@ -65,9 +77,10 @@ def formal(op: Operation, found: Measurement) -> dict[str, float]:
     reads = op.inputs if once else op.multiply_adds
     biases = op.outputs * bool(op.biases)
     writes = 0 if op.what == "mixing by M and N" or found.rates and not op.in_neuron else op.outputs
+    read, write = (pj_per_access(numbers / found.T) for numbers in (op.inputs, op.outputs))
     indices = op.inputs + op.outputs + op.fan_out * found.T * (op.what == "convolution")
     return {"operations": macs(op.multiply_adds) + adds(biases), "addressing": adds(indices),
-            "inputs and outputs": reads * pj_per_access(op.inputs / found.T) + writes * pj_per_access(op.outputs / found.T),
+            "inputs and outputs": reads * read + writes * write,
             "weights": (op.multiply_adds + biases) * pj_per_access(op.coefficients + op.biases)}
 
 

@@ -1,11 +1,14 @@
 """Counts by hand, by torch's own counter and by SpikingJelly's; the paper's numbers; Lemaire's formulas."""
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from staa import LIF, NEURONS, NETWORKS, build, energy, lemaire, neurons, tables
+from staa import (LIF, NETWORKS, NEURONS, Config, build, data, energy, experiments, lemaire, neurons, plots, records,
+                  tables, train)
 from staa.networks import SpikingNetwork, Steps
 
 
@@ -19,7 +22,7 @@ def paper():
 
 
 def firing(network, images):
-    """BN with the statistics of these images, and the attention's last layers off zero: an untrained network that fires."""
+    """An untrained network that fires: BN has the statistics of these images, the attention's last layers are not 0."""
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = None
@@ -36,7 +39,7 @@ def test_the_papers_network(paper):
     assert found.parameters == 12_685_149
     outside = [op for op in found.operations if not op.in_neuron]
     parts = {op.name: op.multiply_adds for op in outside if op.sees == "real numbers"}
-    assert parts == {  # by hand, four steps: the first convolution, after the pool, the shortcuts after theirs, the head
+    assert parts == {  # by hand: the first convolution, after the pool, the shortcuts after theirs, the head
         "stem.0.0": 4 * 32 * 32 * 64 * 27, "stages.0.conv1.0": 4 * 16 * 16 * 64 * 64 * 9,
         "stages.2.shortcut.1": 4 * 8 * 8 * 64 * 128, "stages.4.shortcut.1": 4 * 4 * 4 * 128 * 256,
         "stages.6.shortcut.1": 4 * 2 * 2 * 256 * 512, "head": 4 * 512 * 10}
@@ -70,7 +73,8 @@ def test_torchs_own_counter_agrees_on_every_network(name, neuron):
     found = energy.measure(network, [images])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.eval()(images[:1])
-    assert found.total("multiply_adds") - found.total("multiply_adds", "mixing by M and N") == counter.get_total_flops() / 2
+    ours = found.total("multiply_adds") - found.total("multiply_adds", "mixing by M and N")
+    assert ours == counter.get_total_flops() / 2
 
 
 def test_products_that_nothing_counts_are_refused():
@@ -113,7 +117,8 @@ def test_what_a_layer_sees_is_what_arrives():
     for batches, first in [([torch.rand(4, 2, 8, 8)], "real numbers"), ([torch.rand(4, 2, 8, 8).round()], "spikes"),
                            ([torch.zeros(4, 2, 8, 8)], "nothing"),
                            ([torch.zeros(4, 2, 8, 8), torch.rand(1, 2, 8, 8)], "real numbers"),
-                           ([torch.full((4, 2, 8, 8), 0.5)], "real numbers"), ([-torch.ones(1, 2, 8, 8)], "real numbers")]:
+                           ([torch.full((4, 2, 8, 8), 0.5)], "real numbers"),
+                           ([-torch.ones(1, 2, 8, 8)], "real numbers")]:
         found = energy.measure(network, batches)
         seen = {op.name: op.sees for op in found.operations}
         assert seen["one.0.0"] == first
@@ -244,7 +249,7 @@ def test_an_access_costs_by_the_size_of_its_memory():
 
 
 def test_lemaires_attention_costs_what_it_reads_and_writes():
-    """STAA over LIF, by hand for the mixing: it reads X~ and its coefficients, multiplies, and has no leak of its own."""
+    """By hand for the mixing: it reads X~ and its coefficients, multiplies, and takes the place of the leak."""
     network = Small(NEURONS["staa"], T=1)
     found = energy.measure(network, [torch.rand(1, 2, 8, 8)])
     (mixing,) = [op for op in found.operations if op.name == "one.1"]
@@ -259,3 +264,76 @@ def test_lemaires_attention_costs_what_it_reads_and_writes():
     assert alone["operations"] * 1e9 == pytest.approx(sum(found.units.values()) * 3.2 + sum(spikes.values()) * 0.1)
     assert with_mixing["operations"] * 1e9 == pytest.approx(2 * n * 3.2 + spikes["one.1"] * 0.1)
     assert set(neurons(network)) == set(found.units)
+
+
+# the way from a finished run to the table and the figures
+
+
+@pytest.fixture
+def config():
+    return Config(network="resnet20", neuron="staa", T=2, width=1 / 8, image_size=16, train_images=60, batch_size=20)
+
+
+def test_trained_is_the_network_that_was_trained(config):
+    record = train.run(config, log=lambda line: None)
+    network = train.trained(record)
+    batches = data.batches(train.evaluation_set(config), 120, shuffle=False)
+    found = energy.measure(network, batches)
+    assert found.images == record.outcome["test_images"] and found.parameters == record.outcome["parameters"]
+    rates = {name: sum(rates) / 2 for name, rates in found.rates.items()}
+    assert rates == pytest.approx(record.outcome["firing_rates"], rel=0.02)  # another batch size, other last bits
+    with torch.no_grad():
+        correct = sum(int((network(x).argmax(1) == y).sum()) for x, y in batches)
+    assert 100 * correct / found.images == pytest.approx(record.accuracy, abs=0.6)
+
+    path = records.folder("runs") / config.name / "weights.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2] + b"x" + whole[len(whole) // 2 + 1:])
+    with pytest.raises(records.RecordError, match="the weights file .* is damaged .* run trains the network anew"):
+        train.trained(record)
+    path.unlink()
+    with pytest.raises(records.RecordError, match="the weights of .* are not there .* STAA_RUNS and STAA_RECORDS"):
+        train.trained(record)
+
+
+def test_the_grid_is_one_network_with_both_neurons():
+    grid = experiments.energy
+    for preset, dataset in (("smoke", "digits"), ("short", "cifar100"), ("paper", "cifar100")):
+        configs = grid(experiments.Settings(preset, 2, {}))
+        assert {(c.network, c.T, c.dataset) for c in configs} == {("resnet20", 4, dataset)}
+        assert [(c.neuron, c.seed) for c in configs] == [("staa", 0), ("staa", 1), ("lif", 0), ("lif", 1)]
+    (config,) = grid(experiments.Settings("smoke", 1, {"network": "vgg13", "T": 2, "neuron": "lif"}))
+    assert (config.network, config.T, config.width, config.image_size) == ("vgg13", 2, 1 / 8, 32)
+
+
+def test_the_table(paper):
+    twin = energy.measure(energy.ann("resnet20"), [paper[1]])
+    table = tables.energy({"STAA": paper[2].at_rate(0.125), "ANN": twin}).set_index("One image").T
+    assert table.loc["Paper, ResNet-20"].tolist() == [
+        "4 steps", "12.69 M", "0.87 G", "0.06 G", "not given", "0.10 G", "not given", "0.366 mJ", "not given"]
+    assert table.loc["STAA"].tolist()[:7] == ["4", "12,685,149", "0.871 G", "0.058 G", "0.062 G", "0.101 G", "12.5"]
+    assert table.loc["ANN"].tolist()[:8] == [
+        "1", "11,247,946", "0.216 G", "0.216 G", "0.216 G", "0", "no spikes", "0.9921"]
+    assert float(table.loc["STAA"].iloc[7]) == pytest.approx(0.9 * 0.1015 + 4.6 * 0.06187, abs=2e-4)
+
+
+def test_at_the_break_even_rate_the_advantage_is_one(paper):
+    found, twin = paper[2], energy.measure(energy.ann("resnet20"), [paper[1]])
+    even = lemaire.break_even(found, twin)
+    alone, memory = lemaire.advantage(found.at_rate(even), twin)
+    assert 0.1 < even < 0.2 and memory == pytest.approx(1) and alone > 2
+    assert lemaire.advantage(found.at_rate(even / 2), twin)[1] > 1 > lemaire.advantage(found.at_rate(even * 2), twin)[1]
+
+
+def test_the_figures_show_what_was_measured(paper):
+    found = {"lif": paper[2].at_rate(0.1), "staa": paper[2]}
+    *maps, lines, _ = plots.firing(found).axes  # the last one is the colour bar
+    for axes, m in zip(maps, found.values()):
+        assert axes.collections[0].get_array().data == pytest.approx(100 * torch.tensor(list(m.rates.values())).numpy())
+    assert [line.get_ydata().mean() for line in lines.lines][0] == pytest.approx(10)
+    twin = energy.measure(energy.ann("resnet20"), [paper[1]])
+    (axes,) = plots.advantage(found, twin, 0.123).axes
+    memory = [line for line in axes.lines if "STAA, with memory" in line.get_label()][0]
+    crossing = np.interp(-1, -memory.get_ydata(), memory.get_xdata())
+    assert crossing == pytest.approx(100 * lemaire.break_even(paper[2], twin), abs=0.3)
+    plt.close("all")
