@@ -72,6 +72,7 @@ def locked(place: Path, on_wait: Callable[[], None]):
 def _train(config: Config, place: Path, device, data_root, workers, log) -> Record:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     train_set, tests = data.load(config.dataset, True, data_root), evaluation_set(config, data_root)
+    test_set = tests.dataset
     indices = data.subset(train_set.targets, config.train_images) if config.train_images else range(len(train_set))
     if workers is None:
         workers = 0 if config.dataset == "digits" else min(os.cpu_count() or 1, 8)
@@ -101,11 +102,11 @@ def _train(config: Config, place: Path, device, data_root, workers, log) -> Reco
                 f"test {test_accuracy:5.2f} %  {seconds[-1]:.1f} s")
     finally:
         torch.set_num_threads(before)
-    state = read(place / "checkpoint.pt")
+    state = torch.load(place / "checkpoint.pt", map_location="cpu", weights_only=True)
     outcome = {"epochs": epochs, "test_accuracy": epochs[-1]["test_accuracy"], "firing_rates": state["firing_rates"],
                "parameters": sum(p.numel() for p in network.parameters()),
-               "classes": len(train_set.classes), "train_images": len(indices), "test_images": len(tests),
-               "fingerprint": {"train": data.fingerprint(train_set), "test": data.fingerprint(tests.dataset)}}
+               "classes": len(train_set.classes), "train_images": len(indices), "test_images": len(test_set),
+               "fingerprint": {"train": data.fingerprint(train_set), "test": data.fingerprint(test_set)}}
     record = Record(json.loads(config.json), outcome, provenance(device, seconds))
     save(place / "weights.pt", state["network"])
     record.save(place / "record.json")
