@@ -93,6 +93,15 @@ def table1(settings: Settings) -> list[Config]:
             if settings.wants(network=network, T=T, neuron=neuron)]
 
 
+def energy(settings: Settings) -> list[Config]:
+    """Section 4.5: ResNet-20 at T = 4 on CIFAR-100, with STAA and, for comparison, with the plain LIF neuron; every
+    seed. The parameters choose another network, dataset or T."""
+    item = {"network": "resnet20", "T": 4, "dataset": "digits" if settings.preset == "smoke" else "cifar100"}
+    item |= {name: settings.changes[name] for name in item if name in settings.changes}
+    return [settings.config(**item, neuron=neuron, seed=seed)
+            for neuron, seed in product(["staa", "lif"], range(settings.seeds)) if settings.wants(neuron=neuron)]
+
+
 def run_all(configs: list[Config], *, log: Callable[[str], None] = print) -> list[Record]:
     """The records of these runs, in order. On CPU as many at once as cores allow, on a GPU one after the other.
 

@@ -184,20 +184,27 @@ class firing_rates:
 
         with firing_rates(network) as rates:
             network(images)
-        rates()  # {"stem.1": 0.12, ...}
+        rates()              # {"stem.1": 0.12, ...}
+        rates(by_step=True)  # {"stem.1": [0.08, 0.13, 0.14, 0.13], ...}: one number a time step
     """
 
     def __init__(self, network: nn.Module):
         self.layers = neurons(network)
 
-    def __enter__(self) -> Callable[[], dict[str, float]]:
-        self.spikes = {name: torch.zeros((), dtype=torch.float64) for name in self.layers}
+    def __enter__(self) -> "firing_rates":
+        self.spikes = dict.fromkeys(self.layers, torch.zeros(1, dtype=torch.float64))  # by time step
         self.count = dict.fromkeys(self.layers, 0)
         self.hooks = [layer.register_forward_hook(partial(self._add, name)) for name, layer in self.layers.items()]
-        return lambda: {name: float(self.spikes[name]) / max(self.count[name], 1) for name in self.layers}
+        return self
+
+    def __call__(self, by_step: bool = False) -> dict[str, float] | dict[str, list[float]]:
+        if by_step:
+            return {name: (s * len(s) / max(self.count[name], 1)).tolist() for name, s in self.spikes.items()}
+        return {name: float(s.sum()) / max(self.count[name], 1) for name, s in self.spikes.items()}
 
     def _add(self, name, layer, inputs, spikes):
-        self.spikes[name] = self.spikes[name].to(spikes.device) + spikes.detach().sum(dtype=torch.float64)
+        total = spikes.detach().flatten(1).sum(1, dtype=torch.float64)
+        self.spikes[name] = self.spikes[name].to(spikes.device) + total
         self.count[name] += spikes.numel()
 
     def __exit__(self, *exc):

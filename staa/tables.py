@@ -5,8 +5,9 @@ from collections import defaultdict
 
 import pandas as pd
 
-from . import records
+from . import lemaire, records
 from .config import Config
+from .energy import ELEMENTWISE, Measurement
 from .experiments import TABLE1, Settings
 from .records import Record
 
@@ -111,6 +112,32 @@ def results() -> pd.DataFrame:
                      "Minutes a run": f"{statistics.mean(r.provenance['seconds'] for r in group) / 60:.0f}",
                      "Device": first.provenance["device"]})
     return pd.DataFrame(rows)
+
+
+def energy(found: dict[str, Measurement]) -> pd.DataFrame:
+    """Section 4.5 for one image: the paper's numbers as printed, and one column a measured network, by its label."""
+    printed = {row.quantity: f"{row.value} {row.unit}" for row in paper("sections").itertuples()
+               if row.item == "energy" and row.setting == "network"}
+
+    def outside(m, number, *kinds):
+        return count(m.total(number) - m.total(number, *kinds, *ELEMENTWISE))
+
+    rows = {"T": ("T", lambda m: str(m.T)),
+            "Parameters": ("parameters", lambda m: f"{m.parameters:,}"),
+            "Multiply-adds": ("FLOPs", lambda m: outside(m, "multiply_adds")),
+            "MACs of layers": ("MACs", lambda m: outside(m, "macs", "context product")),
+            "MACs with context product and mixing": (None, lambda m: count(m.total("macs"))),
+            "ACs": ("ACs", lambda m: count(m.total("acs"))),
+            "Firing rate, %": (None, lambda m: f"{100 * m.firing_rate:.1f}" if m.rates else "no spikes"),
+            "mJ, operations alone": ("energy", lambda m: f"{m.millijoules:.4g}"),
+            "mJ, with memory traffic (Lemaire et al.)": (None, lambda m: f"{sum(lemaire.energy(m).values()):.4g}")}
+    return pd.DataFrame([{"One image": name, "Paper, ResNet-20": printed.get(key, "not given")}
+                         | {label: text(m) for label, m in found.items()} for name, (key, text) in rows.items()])
+
+
+def count(number: float) -> str:
+    """An operation count as 0.871 G or 13.6 M."""
+    return f"{number / 1e9:.3f} G" if number >= 5e7 else f"{number / 1e6:.2f} M" if number else "0"
 
 
 def header(settings: Settings, runs: list[Record]) -> str:

@@ -84,18 +84,17 @@ def own_state(config: Config, device: torch.device):
 def _train(config: Config, place: Path, device, data_root, workers, log) -> Record:
     code = commit()  # of the code that is loaded now: the checkout may move on while this runs
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    train_set, test_set = (data.load(config.dataset, train, data_root) for train in (True, False))
+    train_set, tests = data.load(config.dataset, True, data_root), evaluation_set(config, data_root)
+    test_set = tests.dataset
     indices = data.subset(train_set.targets, config.train_images) if config.train_images else range(len(train_set))
     if workers is None:
         workers = 0 if config.dataset == "digits" else min(os.cpu_count() or 1, 8)
     with own_state(config, device):
         torch.manual_seed(data.mix(config.seed))
-        network = build(config.network, config.neuron, len(train_set.classes), config.T,
-                        data.describe(config.dataset).channels, config.width, **config.neuron_settings)
+        network = new_network(config, len(train_set.classes))
         network.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
         optimizer = torch.optim.SGD(network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
         epochs, seconds = resume(place / "checkpoint.pt", network, optimizer)
-        tests = data.View(test_set, range(len(test_set)), data.transform(config.dataset, config.image_size))
         augment = data.transform(config.dataset, config.image_size, config.augment)
         for epoch in range(len(epochs), config.epochs):
             start = time.perf_counter()
@@ -196,18 +195,57 @@ def resume(path: Path, network, optimizer) -> tuple[list, list]:
     and plain values. Raises RecordError where the file is damaged."""
     if not path.is_file():
         return [], []
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch does not check the checksums itself
-            if archive.testzip():
-                raise ValueError("its checksum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    with undamaged("checkpoint", path, "delete it, and the run starts again from its first epoch"):
+        state = read(path)
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         return state["epochs"], state["seconds"]
+
+
+def trained(record: Record) -> torch.nn.Module:
+    """The network of a finished run, on the CPU, in evaluation, with the final weights of runs/NAME/weights.pt.
+
+    Raises RecordError where the weights are not there (a record in data/records comes without) or damaged.
+    """
+    config = Config.from_dict(record.config)
+    path = records.folder("runs") / config.name / "weights.pt"
+    advice = "set STAA_RUNS and STAA_RECORDS to empty folders, and the run trains the network anew"
+    if not path.is_file():
+        raise records.RecordError(f"the weights of {config} were looked for in {path} and are not there "
+                                  f"(a record in data/records comes without them); {advice}.")
+    network = new_network(config, record.outcome["classes"])
+    with undamaged("weights file", path, advice):
+        network.load_state_dict(read(path))
+    return network.eval()
+
+
+def new_network(config: Config, classes: int) -> torch.nn.Module:
+    return build(config.network, config.neuron, classes, config.T, data.describe(config.dataset).channels, config.width,
+                 **config.neuron_settings)
+
+
+def evaluation_set(config: Config, data_root: Path | None = None) -> data.View:
+    """The test set as a run sees it: every image, no augmentation."""
+    tests = data.load(config.dataset, False, data_root)
+    return data.View(tests, range(len(tests)), data.transform(config.dataset, config.image_size))
+
+
+def read(path: Path) -> dict:
+    """What `save` wrote; nothing is unpickled but tensors and plain values."""
+    with zipfile.ZipFile(path) as archive:  # torch does not check the checksums itself
+        if archive.testzip():
+            raise ValueError("its checksum is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def undamaged(what: str, path: Path, advice: str):
+    """Turn any failure to read a file into one sentence."""
+    try:
+        yield
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise records.RecordError(f"the checkpoint {path} is damaged ({reason}); delete it, and the run starts again "
-                                  "from its first epoch.") from None
+        raise records.RecordError(f"the {what} {path} is damaged ({reason}); {advice}.") from None
 
 
 def provenance(device, seconds: list[float], code: str) -> dict:
