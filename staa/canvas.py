@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from matplotlib import pyplot as plt
+from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.path import Path
 
@@ -27,7 +28,9 @@ class Canvas:
     """A figure without axes, in inches from the lower left corner; `at` moves the origin for one panel."""
 
     def __init__(self, width: float, height: float):
-        self.figure = plt.figure(figsize=(width, height), layout="none")
+        # Given "none", savefig would fall back to the layout of `plots.style`.
+        still = PlaceHolderLayoutEngine(adjust_compatible=True, colorbar_gridspec=True)
+        self.figure = plt.figure(figsize=(width, height), layout=still)
         self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
         self.axes.set_axis_off()
         self.at = (0.0, 0.0)

@@ -123,14 +123,27 @@ def test_nothing_overlaps_and_nothing_is_cut():
         placed = [(text.get_text(), text.get_window_extent(renderer)) for text in texts(figure)]
         for (a, first), (b, second) in combinations(placed, 2):
             assert not first.overlaps(second), f"{a!r} and {b!r} overlap"
-        frames = [patch.get_window_extent(renderer) for patch in figure.axes[0].patches if isinstance(patch, FancyBboxPatch)]
+        patches = [patch for patch in figure.axes[0].patches if isinstance(patch, FancyBboxPatch)]
+        frames = [patch.get_window_extent(renderer) for patch in patches]
         for name, extent in placed:
             assert figure.bbox.x0 <= extent.x0 and extent.x1 <= figure.bbox.x1, f"{name!r} leaves the page"
             assert figure.bbox.y0 <= extent.y0 and extent.y1 <= figure.bbox.y1, f"{name!r} leaves the page"
             for frame in frames:
-                inside = frame.x0 <= extent.x0 and extent.x1 <= frame.x1 and frame.y0 <= extent.y0 and extent.y1 <= frame.y1
+                inside = (frame.x0 <= extent.x0 and extent.x1 <= frame.x1
+                          and frame.y0 <= extent.y0 and extent.y1 <= frame.y1)
                 assert inside or not frame.overlaps(extent), f"{name!r} leaves its box"
         plt.close(figure)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_diagram_is_saved_as_drawn(tmp_path):
+    figure = figure2()[1]
+    plots.save(figure, "figure2")
+    (axes,) = figure.axes
+    assert axes.get_position().bounds == (0, 0, 1, 1) and figure.get_size_inches().tolist() == [plots.PAGE, 2.65]
+    path = tmp_path / "figures" / "figure2"
+    assert b"/Subtype /Image" not in path.with_suffix(".pdf").read_bytes(), "vector graphics only"
+    assert plt.imread(path.with_suffix(".png")).shape[:2] == (795, 2062)  # 300 dpi
 
 
 def test_no_arrow_runs_through_a_word():

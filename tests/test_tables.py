@@ -102,16 +102,17 @@ def test_records_and_runs_are_found_by_the_settings_of_their_neuron(vouched):
     record(94.0, vouched, neuron="lif", **same)
     what = "; 50 epochs, width 1, 50,000 images"
     assert tables.recorded(neuron="staa", **same) == "91.00" + what
-    assert tables.recorded(neuron="staa", neuron_settings={"pe_place": "input"}, **same) == "91.00" + what, "the default"
+    assert tables.recorded(neuron="staa", neuron_settings={"pe_place": "input"}, **same) == "91.00" + what
     assert tables.recorded(neuron="staa", neuron_settings={"pe_place": "both"}, **same) == "92.00" + what
-    assert tables.recorded(neuron_settings={"beta": 0.5, "pe_place": "both"}, **same) == "93.00" + what, "LIF has no such"
+    assert tables.recorded(neuron_settings={"beta": 0.5, "pe_place": "both"}, **same) == "93.00" + what
     assert tables.recorded(neuron="staa", neuron_settings={"r": 8}, **same) == "no record"
 
 
 def test_an_ablation_shows_paper_records_and_this_run(vouched):
     record(93.5, vouched, dataset="cifar10", network="resnet20", T=4, epochs=50, neuron_settings={"pe_place": "both"})
     record(99.9, vouched, dataset="cifar100", network="resnet20", T=4, epochs=50, neuron_settings={"pe_place": "both"})
-    runs = [record(50.0 + i + s, seed=s, neuron_settings=row) for i, (_, row) in enumerate(FIGURE2[:-1]) for s in (0, 2)]
+    runs = [record(50.0 + i + seed, seed=seed, neuron_settings=row)
+            for i, (_, row) in enumerate(FIGURE2[:-1]) for seed in (0, 2)]
     table = tables.figure2(runs).set_index("Row")
     assert table["Paper: CIFAR-10"].to_dict() == {"a": "not in our source", "a'": "not in our source", "b": "94.08",
                                                   "c": "94.29", "d": "94.27", "e": "93.96"}
@@ -127,7 +128,8 @@ def test_an_ablation_shows_paper_records_and_this_run(vouched):
 
 
 def grouped(*groups):
-    return [record(a, seed=seed, neuron_settings={"r": r + 1}) for r, group in enumerate(groups) for seed, a in enumerate(group)]
+    return [record(accuracy, seed=seed, neuron_settings={"r": r})
+            for r, group in enumerate(groups, 1) for seed, accuracy in enumerate(group)]
 
 
 def test_differences_within_chance_are_called_so():
