@@ -1,6 +1,7 @@
 """Which runs make up a table or a figure, at which preset; and running them all.
 
-A notebook's parameters become `Settings`; `table1(settings)` and its like turn them into the grid of Configs.
+A notebook's parameters become `Settings`; `table1(settings)` and its like turn them into the grid of Configs. An
+ablation is a list of rows, each with the settings of the STAA neuron that it tries, on one network and dataset.
 """
 
 import ast
@@ -33,6 +34,19 @@ SMOKE = {"vgg13": dict(width=1 / 8, image_size=32), "resnet19": dict(width=1 / 8
 TABLE1 = [("vgg13", 2), ("vgg13", 4), ("resnet19", 1), ("resnet19", 2), ("resnet19", 4),
           ("resnet20", 1), ("resnet20", 2), ("resnet20", 4)]
 
+#: The networks of the paper's ablations (section 4.3) are ResNet-20 at T = 4; a study names its dataset and its rows,
+#: (label, neuron_settings). The label is the one of the paper's numbers in data/paper.
+ABLATED = dict(network="resnet20", T=4, neuron="staa")
+
+#: Figure 2, where PE is added. Which letter is which place is our reading, and so is that the other blocks stay on:
+#: without them (c) and (e) are one neuron. "a'" is our control, (c) without its PE.
+FIGURE2 = [("a", dict(gc=False, pe=False, sa=False, beta=0.0)), ("a'", dict(pe=False)),
+           ("b", dict(pe_place="membrane")), ("c", dict(pe_place="input")),
+           ("d", dict(pe_place="both")), ("e", dict(pe_place="output"))]
+
+#: Section 4.3, how PE is made.
+POSITION_ENCODING = [("learned", dict(pe_kind="learned")), ("fixed", dict(pe_kind="fixed"))]
+
 
 #: What a notebook's parameters can be.
 PARAMETERS = {"preset", "seeds"} | {field.name for field in fields(Config)}
@@ -48,8 +62,15 @@ class Settings:
 
     def config(self, **item) -> Config:
         """The run that an item of a grid asks for. An item wins over the preset, the reader's parameters over both."""
-        narrow = SMOKE.get(item.get("network"), {}) if self.preset == "smoke" else {}
-        return Config.from_dict(PRESETS[self.preset] | narrow | item | dict(self.changes))
+        asked = item | dict(self.changes)
+        narrow = SMOKE.get(asked.get("network"), {}) if self.preset == "smoke" else {}
+        return Config.from_dict(PRESETS[self.preset] | narrow | asked)
+
+    def datasets(self, *paper: str) -> list[str]:
+        """The paper's datasets of an item; the digits in smoke; the reader's own where one is given."""
+        if "dataset" in self.changes:
+            return [self.changes["dataset"]]
+        return [PRESETS["smoke"]["dataset"]] if self.preset == "smoke" else list(paper)
 
     def wants(self, **item) -> bool:
         """Whether the reader's parameters leave this item in; `-p network resnet20` leaves the other networks out."""
@@ -85,21 +106,35 @@ def assigned(source: str) -> set[str]:
 
 def table1(settings: Settings) -> list[Config]:
     """Table 1: each own row with STAA and, for comparison, with the plain LIF neuron; every seed."""
-    datasets = ["cifar10", "cifar100"] if settings.preset != "smoke" else ["digits"]
-    if "dataset" in settings.changes:
-        datasets = [settings.changes["dataset"]]
     return [settings.config(dataset=dataset, network=network, T=T, neuron=neuron, seed=seed)
-            for dataset, (network, T), neuron, seed in product(datasets, TABLE1, ["staa", "lif"], range(settings.seeds))
+            for dataset, (network, T), neuron, seed in product(settings.datasets("cifar10", "cifar100"), TABLE1,
+                                                               ["staa", "lif"], range(settings.seeds))
             if settings.wants(network=network, T=T, neuron=neuron)]
+
+
+def ablation(settings: Settings, rows: list[tuple[str, dict]], dataset: str) -> list[Config]:
+    """An ablation's runs: each row, every seed; the reader may choose another dataset, network or T for all of them."""
+    return [settings.config(**ABLATED, dataset=name, neuron_settings=row, seed=seed)
+            for name, (_, row), seed in product(settings.datasets(dataset), rows, range(settings.seeds))]
+
+
+def figure2(settings: Settings) -> list[Config]:
+    """Figure 2: the place of PE, CIFAR-10."""
+    return ablation(settings, FIGURE2, "cifar10")
+
+
+def position_encoding(settings: Settings) -> list[Config]:
+    """Section 4.3: learnable against fixed PE, CIFAR-10."""
+    return ablation(settings, POSITION_ENCODING, "cifar10")
 
 
 def energy(settings: Settings) -> list[Config]:
     """Section 4.5: ResNet-20 at T = 4 on CIFAR-100, with STAA and, for comparison, with the plain LIF neuron; every
     seed. The parameters choose another network, dataset or T."""
-    item = {"network": "resnet20", "T": 4, "dataset": "digits" if settings.preset == "smoke" else "cifar100"}
-    item |= {name: settings.changes[name] for name in item if name in settings.changes}
-    return [settings.config(**item, neuron=neuron, seed=seed)
-            for neuron, seed in product(["staa", "lif"], range(settings.seeds)) if settings.wants(neuron=neuron)]
+    item = {"network": "resnet20", "T": 4} | {k: v for k, v in settings.changes.items() if k in ("network", "T")}
+    return [settings.config(**item, dataset=dataset, neuron=neuron, seed=seed)
+            for dataset, neuron, seed in product(settings.datasets("cifar100"), ["staa", "lif"], range(settings.seeds))
+            if settings.wants(neuron=neuron)]
 
 
 def run_all(configs: list[Config], *, log: Callable[[str], None] = print) -> list[Record]:

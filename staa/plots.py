@@ -18,6 +18,9 @@ COLUMN, PAGE = 3.25, 6.875
 COLORS = {"lif": "#0173b2", "staa": "#d55e00", "fsta": "#029e73", "statten": "#cc78bc", "ann": "#56595c",
           "threshold": "#949494", "membrane": "#0173b2", "spike": "#000000", "input": "#de8f05"}
 
+#: Grounds of the boxes in a diagram: pale, so that black text reads on them, and lighter from PE to SA in greyscale.
+BLOCKS = {"pe": "#e2a76f", "gc": "#9ccbe8", "sa": "#f3e2a0", "plain": "#ffffff", "ground": "#f2f2f2"}
+
 
 #: A line's markers, for whoever sees no colours.
 MARKERS = {"lif": "o-", "staa": "s--", "fsta": "^-.", "statten": "d:"}

@@ -6,9 +6,9 @@ from collections import defaultdict
 import pandas as pd
 
 from . import lemaire, records
-from .config import Config
+from .config import Config, ConfigError
 from .energy import ELEMENTWISE, Measurement
-from .experiments import TABLE1, Settings
+from .experiments import ABLATED, FIGURE2, POSITION_ENCODING, TABLE1, Settings
 from .records import Record
 
 LOST = "not in our source"
@@ -54,8 +54,69 @@ def table1(settings: Settings, runs: list[Record]) -> pd.DataFrame:
     return table
 
 
+def ablation(rows: list[tuple[str, dict]], paper: dict[str, str], dataset: str, runs: list[Record]) -> pd.DataFrame:
+    """An ablation's rows, (label, neuron_settings): the paper's numbers by label, the project's records on the paper's
+    dataset, network and T, and the runs of this notebook with their number of parameters."""
+    configs = [run.config for run in runs]
+    heads = dict.fromkeys(f"{c['dataset']}, {ARCHITECTURES[c['network']]}, T = {c['T']}" for c in configs)
+    lines = []
+    for label, settings in rows:
+        own = select(runs, neuron_settings=settings)
+        lines.append({"Row": label,
+                      "Neuron settings": ", ".join(f"{name} = {value}" for name, value in settings.items()),
+                      f"Paper: {LABELS[dataset]}": paper.get(label, LOST),
+                      f"Recorded: {LABELS[dataset]}": recorded(**ABLATED, dataset=dataset, neuron_settings=settings)}
+                     | {f"This run: {head}": mean_sd(own) for head in heads}
+                     | {"Parameters": f"{own[0].outcome['parameters']:,}" if own else "not run"})
+    return pd.DataFrame(lines)
+
+
+def paper_section(item: str) -> dict[str, str]:
+    """The accuracies that section 4 prints for an item of data/paper/sections.csv, by setting, digits as printed."""
+    rows = paper("sections")
+    return {r.setting: r.value for r in rows[(rows["item"] == item) & (rows.quantity == "accuracy")].itertuples()}
+
+
+def figure2(runs: list[Record]) -> pd.DataFrame:
+    """Figure 2, the place of PE; the paper's text gives no accuracy for (a)."""
+    return ablation(FIGURE2, paper_section("pe_place"), "cifar10", runs)
+
+
+def position_encoding(runs: list[Record]) -> pd.DataFrame:
+    """Section 4.3, learnable against fixed PE."""
+    return ablation(POSITION_ENCODING, paper_section("pe_kind"), "cifar10", runs)
+
+
+def differences(runs: list[Record]) -> str:
+    """One sentence on whether the rows of an ablation differ by more than chance, from the spread over seeds.
+
+    The yardstick is Tukey's honest significant difference at 5 %: q(rows, rows (n - 1)) s / sqrt(n), where s is the
+    standard deviation over n seeds within a row, pooled over the rows, and q the studentized range.
+    """
+    from scipy.stats import studentized_range
+
+    groups = defaultdict(list)
+    for run in runs:
+        groups[str(sorted(run.config["neuron_settings"].items()))].append(run.accuracy)
+    k, n = len(groups), min(map(len, groups.values()), default=0)
+    if k < 2:
+        return "Fewer than two rows were run: there is nothing to compare."
+    if n < 2:
+        return "One seed: the differences between the rows say nothing."
+    means = [statistics.mean(group) for group in groups.values()]
+    span = max(means) - min(means)
+    pooled = statistics.mean(statistics.variance(group) for group in groups.values()) ** 0.5
+    limit = float(studentized_range.ppf(0.95, k, k * (n - 1))) * (pooled / n ** 0.5)
+    verdict = "within chance" if span <= limit else "beyond chance"
+    return (f"The rows' means span {span:.2f} points, and over {n} seeds anything up to {limit:.2f} is within chance "
+            f"(Tukey, 5 %): the largest difference is {verdict}.")
+
+
 def select(found: list[Record], **settings) -> list[Record]:
-    """The records whose config has these settings."""
+    """The records whose config has these settings; neuron_settings may leave out what has the neuron's default."""
+    if "neuron_settings" in settings:
+        given = settings.pop("neuron_settings")
+        found = [r for r in found if r.config["neuron_settings"] == whole(r.config["neuron"], r.config["T"], given)]
     return [r for r in found if all(r.config[name] == value for name, value in settings.items())]
 
 
@@ -69,25 +130,29 @@ def mean_sd(found: list[Record]) -> str:
     return f"{statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f} (n={len(accuracy)})"
 
 
-def recorded(**settings) -> str:
-    """The project's record of these settings with the neuron's default settings: accuracy, n, and what was trained.
+def recorded(*, neuron_settings: dict | None = None, **settings) -> str:
+    """The project's record of these settings, the neuron's being default but for those given: accuracy, n, and what was
+    trained.
 
     Where the project holds several trainings, the widest network on most images for most epochs is shown: the choice
     never looks at an accuracy.
     """
     groups = defaultdict(list)
-    for record in select(records.vouched(), **settings):
-        if record.config["neuron_settings"] == defaults(record.config["neuron"], record.config["T"]):
-            setting = Config.from_dict(record.config).but(seed=0)
-            groups[setting.width, record.outcome["train_images"], setting.epochs, setting.hash].append(record)
+    for record in select(records.vouched(), **settings, neuron_settings=neuron_settings or {}):
+        setting = Config.from_dict(record.config).but(seed=0)
+        groups[setting.width, record.outcome["train_images"], setting.epochs, setting.hash].append(record)
     if not groups:
         return "no record"
     best = groups[max(groups)]
     return f"{mean_sd(best)}; {training(best[0])}"
 
 
-def defaults(neuron: str, T: int) -> dict:
-    return Config(neuron=neuron, T=T).neuron_settings
+def whole(neuron: str, T: int, settings: dict) -> dict | None:
+    """These settings with the neuron's defaults filled in; None where the neuron has no such setting."""
+    try:
+        return Config(neuron=neuron, T=T, neuron_settings=settings).neuron_settings
+    except ConfigError:
+        return None
 
 
 def training(record: Record) -> str:

@@ -1,8 +1,10 @@
 import pytest
+import torch
 
-from staa import Config, experiments, records
+from staa import NEURONS, Config, experiments, records
 from staa.config import ConfigError
-from staa.experiments import PRESETS, SMOKE, TABLE1, assigned, run_all, settings, table1
+from staa.experiments import (FIGURE2, POSITION_ENCODING, PRESETS, SMOKE, TABLE1, assigned, figure2, position_encoding,
+                              run_all, settings, table1)
 
 CELL = "# Parameters\npreset = 'smoke'\nseeds = 1\ndataset = None\nnetwork = None\nneuron = None\nT = None\nlr = None"
 
@@ -28,6 +30,42 @@ def test_real_presets_are_the_real_networks_on_both_datasets(preset, epochs):
     assert len(configs) == len(set(configs)) == 2 * 16 * 3
     assert {c.seed for c in configs} == {0, 1, 2} and {c.dataset for c in configs} == {"cifar10", "cifar100"}
     assert {(c.width, c.epochs, c.batch_size, c.lr, c.augment) for c in configs} == {(1.0, epochs, 128, 0.1, "autoaugment")}
+
+
+@pytest.mark.parametrize("item, rows", [(figure2, FIGURE2), (position_encoding, POSITION_ENCODING)])
+def test_an_ablation_is_its_rows_and_every_seed_and_changes_nothing_else(item, rows):
+    configs = item(settings(notebook(preset="paper", seeds=2)))
+    assert len(configs) == len(set(configs)) == 2 * len(rows)
+    assert {c.but(neuron_settings={}, seed=0) for c in configs} == {Config(
+        dataset="cifar10", network="resnet20", T=4, neuron="staa", augment="autoaugment", epochs=500)}
+    own = Config().neuron_settings
+    for (_, row), config in zip(rows, configs[::2]):
+        assert {name: v for name, v in config.neuron_settings.items() if v != own[name]} == {
+            name: v for name, v in row.items() if v != own[name]}
+
+
+def test_the_papers_choice_is_one_run_for_every_item_that_has_it():
+    for preset in PRESETS:
+        asked = settings(notebook(preset=preset))
+        for item in (figure2, position_encoding):
+            (shared,) = set(item(asked)) & set(table1(asked))
+            assert (shared.network, shared.T, shared.neuron) == ("resnet20", 4, "staa")
+
+
+def test_figure_2_differs_in_the_place_of_pe_only():
+    settings_of = dict(FIGURE2)
+    places = ("membrane", "input", "both", "output")
+    assert [settings_of[letter] for letter in "bcde"] == [{"pe_place": place} for place in places]
+    a, lif = Config(neuron_settings=settings_of["a"]), Config(neuron="lif")
+    x = torch.randn(4, 2, 8, 4, 4)
+    assert torch.equal(NEURONS["staa"](8, T=4, **a.neuron_settings)(x), NEURONS["lif"](8, T=4, **lif.neuron_settings)(x))
+
+
+def test_an_ablation_takes_the_readers_network_in_its_own_smoke_size():
+    configs = figure2(settings(notebook(network="vgg13", T=2)))
+    assert {(c.network, c.T, c.width, c.image_size) for c in configs} == {("vgg13", 2, 1 / 8, 32)}
+    with pytest.raises(ConfigError, match="neuron_settings of lif must be among"):
+        figure2(settings(notebook(neuron="lif")))
 
 
 def test_parameters_narrow_the_grid_and_change_the_rest():

@@ -5,7 +5,7 @@ import statistics
 import pytest
 
 from staa import Config, Record, records, tables
-from staa.experiments import PRESETS, TABLE1, Settings
+from staa.experiments import FIGURE2, PRESETS, TABLE1, Settings
 
 
 def record(accuracy, folder=None, **settings):
@@ -14,7 +14,7 @@ def record(accuracy, folder=None, **settings):
     import json
 
     made = Record(json.loads(config.json), {"epochs": [{"test_accuracy": 99.0}, {"test_accuracy": accuracy}],
-                                            "train_images": config.train_images or 50_000}, {})
+                                            "train_images": config.train_images or 50_000, "parameters": 1234}, {})
     if folder:
         made.save(folder / f"{config.name}.json")
     return made
@@ -92,6 +92,65 @@ def test_the_record_shown_is_chosen_by_its_training_and_never_by_its_accuracy(vo
     record(98.0, vouched, epochs=500, width=0.25, **same)
     record(97.0, vouched, epochs=900, neuron_settings={"beta": 0.5}, **same)
     assert tables.recorded(neuron="staa", **same) == "91.00; 50 epochs, width 1, 50,000 images"
+
+
+def test_records_and_runs_are_found_by_the_settings_of_their_neuron(vouched):
+    same = dict(dataset="cifar10", network="resnet20", T=4, epochs=50)
+    record(91.0, vouched, **same)
+    record(92.0, vouched, neuron_settings={"pe_place": "both"}, **same)
+    record(93.0, vouched, neuron_settings={"pe_place": "both", "beta": 0.5}, **same)
+    record(94.0, vouched, neuron="lif", **same)
+    what = "; 50 epochs, width 1, 50,000 images"
+    assert tables.recorded(neuron="staa", **same) == "91.00" + what
+    assert tables.recorded(neuron="staa", neuron_settings={"pe_place": "input"}, **same) == "91.00" + what
+    assert tables.recorded(neuron="staa", neuron_settings={"pe_place": "both"}, **same) == "92.00" + what
+    assert tables.recorded(neuron_settings={"beta": 0.5, "pe_place": "both"}, **same) == "93.00" + what
+    assert tables.recorded(neuron="staa", neuron_settings={"r": 8}, **same) == "no record"
+
+
+def test_an_ablation_shows_paper_records_and_this_run(vouched):
+    record(93.5, vouched, dataset="cifar10", network="resnet20", T=4, epochs=50, neuron_settings={"pe_place": "both"})
+    record(99.9, vouched, dataset="cifar100", network="resnet20", T=4, epochs=50, neuron_settings={"pe_place": "both"})
+    runs = [record(50.0 + i + seed, seed=seed, neuron_settings=row)
+            for i, (_, row) in enumerate(FIGURE2[:-1]) for seed in (0, 2)]
+    table = tables.figure2(runs).set_index("Row")
+    assert table["Paper: CIFAR-10"].to_dict() == {"a": "not in our source", "a'": "not in our source", "b": "94.08",
+                                                  "c": "94.29", "d": "94.27", "e": "93.96"}
+    shown = table["Recorded: CIFAR-10"].to_dict()
+    assert shown.pop("d") == "93.50; 50 epochs, width 1, 50,000 images" and set(shown.values()) == {"no record"}
+    assert table["This run: digits, ResNet-20, T = 4"].tolist() == [
+        *(f"{51 + i}.00 ± 1.41 (n=2)" for i in range(5)), "not run"]
+    assert table["Parameters"].tolist() == ["1,234"] * 5 + ["not run"]
+    assert table.loc["d", "Neuron settings"] == "pe_place = both"
+    kinds = tables.position_encoding(runs)
+    assert kinds[["Row", "Paper: CIFAR-10"]].values.tolist() == [["learned", "94.99"], ["fixed", "94.42"]]
+    assert kinds["This run: digits, ResNet-20, T = 4"].tolist() == ["54.00 ± 1.41 (n=2)", "not run"]
+
+
+def grouped(*groups):
+    return [record(accuracy, seed=seed, neuron_settings={"r": r})
+            for r, group in enumerate(groups, 1) for seed, accuracy in enumerate(group)]
+
+
+def test_differences_within_chance_are_called_so():
+    assert tables.differences(grouped([50.0], [90.0])) == "One seed: the differences between the rows say nothing."
+    assert "nothing to compare" in tables.differences(grouped([50.0, 51.0])) == tables.differences([])
+    # Table of the studentized range, 5 %: q(3 rows, 6 degrees of freedom) = 4.339; s = 1 in every row, n = 3.
+    groups = [[10.0, 11.0, 12.0], [11.0, 12.0, 13.0], [12.0, 13.0, 14.0]]
+    text = tables.differences(grouped(*groups))
+    assert "span 2.00 points" in text and "over 3 seeds" in text and f"up to {4.339 / 3 ** 0.5:.2f}" in text
+    assert text.endswith("the largest difference is within chance.")
+    apart = tables.differences(grouped(*groups[:2], [13.0, 14.0, 15.0]))
+    assert "span 3.00" in apart and apart.endswith("beyond chance.")
+
+
+@pytest.mark.parametrize("groups", [([10.0, 11.5, 12.0], [11.0, 12.0, 13.1], [15.0, 13.0, 14.0]),
+                                    ([50.0, 51.0, 49.0, 52.0], [50.5, 53.0, 51.0, 50.0])])
+def test_the_verdict_is_that_of_scipys_tukey_test(groups):
+    from scipy.stats import tukey_hsd
+
+    beyond = tukey_hsd(*groups).pvalue.min() < 0.05
+    assert tables.differences(grouped(*groups)).endswith("beyond chance." if beyond else "within chance.")
 
 
 def test_a_run_on_digits_says_that_it_is_not_cifar():
