@@ -81,19 +81,18 @@ def widget(settings: dict, redraw: Callable[..., tuple[bytes, str]]) -> dict:
     """The output, by MIME type, of sliders over an image and its caption."""
     import ipywidgets
 
-    image, text = ipywidgets.Image(), ipywidgets.Label()
-    image.value, text.value = redraw()
-    sliders = []
+    image, text, sliders = ipywidgets.Image(), ipywidgets.Label(), {}
+
+    def moved(_=None):  # all of them: what they show is what is drawn, whatever was drawn in between
+        image.value, text.value = redraw(**{name: slider.value for name, slider in sliders.items()})
+
     for name, (least, most, step, start) in settings.items():
         whole = all(type(number) is int for number in (least, most, step, start))
         kind = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
-
-        def moved(change, name=name):
-            image.value, text.value = redraw(**{name: change.new})
-
-        sliders.append(kind(start, min=least, max=most, step=step, description=name))
-        sliders[-1].observe(moved, "value")
-    rows = ipywidgets.GridBox(sliders, layout={"grid_template_columns": "repeat(2, 320px)"})
+        sliders[name] = kind(start, min=least, max=most, step=step, description=name)
+        sliders[name].observe(moved, "value")
+    moved()
+    rows = ipywidgets.GridBox(list(sliders.values()), layout={"grid_template_columns": "repeat(2, 320px)"})
     return ipywidgets.VBox([rows, image, text])._repr_mimebundle_()
 
 
