@@ -117,6 +117,7 @@ def test_what_a_layer_sees_is_what_arrives():
     for batches, first in [([torch.rand(4, 2, 8, 8)], "real numbers"), ([torch.rand(4, 2, 8, 8).round()], "spikes"),
                            ([torch.zeros(4, 2, 8, 8)], "nothing"),
                            ([torch.zeros(4, 2, 8, 8), torch.rand(1, 2, 8, 8)], "real numbers"),
+                           ([torch.rand(1, 2, 8, 8), torch.zeros(4, 2, 8, 8)], "real numbers"),
                            ([torch.full((4, 2, 8, 8), 0.5)], "real numbers"),
                            ([-torch.ones(1, 2, 8, 8)], "real numbers")]:
         found = energy.measure(network, batches)
