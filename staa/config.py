@@ -6,8 +6,10 @@ import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import get_type_hints
 
+import torch
+
 from .data import AUGMENTATIONS, DATASETS, describe
-from .networks import NETWORKS, NEURONS
+from .networks import NETWORKS, NEURONS, build
 
 PRECISIONS = ("float32", "bf16")
 
@@ -59,7 +61,7 @@ class Config:
         one_of("network", self.network, NETWORKS)
         one_of("neuron", self.neuron, NEURONS)
         one_of("precision", self.precision, PRECISIONS)
-        for name, least in {"T": 1, "epochs": 1, "batch_size": 1, "image_size": 4, "threads": 1, "train_images": 0,
+        for name, least in {"T": 1, "epochs": 1, "batch_size": 1, "image_size": 1, "threads": 1, "train_images": 0,
                             "seed": 0, "warmup_epochs": 0, "clip_norm": 0, "weight_decay": 0}.items():
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -74,10 +76,10 @@ class Config:
         size = describe(self.dataset).size
         if size and self.image_size != size:
             raise ConfigError(f"image_size of {self.dataset} must be {size}, got {self.image_size}")
-        self._check_neuron()
+        self._check_network()
 
-    def _check_neuron(self):
-        """Fill in the neuron's defaults, so that the record is whole, and let the neuron judge them."""
+    def _check_network(self):
+        """Fill in the neuron's defaults, so that the record is whole, and let the network judge them."""
         allowed = settings_of(NEURONS[self.neuron])
         for name in self.neuron_settings:
             if name not in allowed:
@@ -85,9 +87,12 @@ class Config:
         settings = {name: typed(f"neuron_settings {name}", self.neuron_settings.get(name, default), kind)
                     for name, (kind, default) in allowed.items()}
         try:
-            NEURONS[self.neuron](8, T=self.T, **settings)
+            with torch.device("meta"):  # the network's shapes alone
+                least = build(self.network, self.neuron, T=self.T, width=self.width, **settings).min_size
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        if self.image_size < least:
+            raise ConfigError(f"image_size of {self.network} must be at least {least}, got {self.image_size}")
         object.__setattr__(self, "neuron_settings", settings)
 
     @property

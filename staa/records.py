@@ -66,8 +66,11 @@ def checksum(body: dict) -> str:
 def find(config, runs: Path | None = None) -> Record | None:
     """The record of a config: the user's own in `runs`, else the project's."""
     for path in ((runs or folder("runs")) / config.name / "record.json", folder("records") / f"{config.name}.json"):
-        if path.is_file():
-            return Record.load(path)
+        try:
+            if path.is_file():
+                return Record.load(path)
+        except OSError as error:
+            raise RecordError(f"the record {path} cannot be read ({error.strerror}).") from None
     return None
 
 

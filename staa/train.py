@@ -104,6 +104,9 @@ def _train(config: Config, place: Path, device, data_root, workers, log) -> Reco
             loss, accuracy = train_epoch(network, optimizer, loader, config, epoch, device)
             loader = data.batches(tests, config.batch_size, shuffle=False, workers=workers)
             test_loss, test_accuracy, rates = evaluate(network, loader, config, device)
+            if not math.isfinite(test_loss):
+                raise TrainingError(f"the test loss of {config} is no longer finite in epoch {epoch + 1}; "
+                                    f"{advice(config, epoch)}.")
             epochs.append({"train_loss": loss, "train_accuracy": accuracy, "test_loss": test_loss,
                            "test_accuracy": test_accuracy})
             seconds.append(round(time.perf_counter() - start, 3))
@@ -145,10 +148,15 @@ def train_epoch(network, optimizer, loader, config: Config, epoch: int, device) 
     losses = torch.stack(losses).double()  # the one place where the host waits for a GPU
     if not losses.isfinite().all():
         step = int((~losses.isfinite()).nonzero()[0])
-        kept = f"the checkpoint of epoch {epoch} is kept" if epoch else "there is no checkpoint yet"
-        raise TrainingError(f"the loss of {config} is no longer finite in epoch {epoch + 1}, step {step + 1}; {kept}; "
-                            f"try a smaller lr (now {config.lr:g}) or a clip_norm.")
+        raise TrainingError(f"the loss of {config} is no longer finite in epoch {epoch + 1}, step {step + 1}; "
+                            f"{advice(config, epoch)}.")
     return float(losses.sum()) / images, 100 * int(correct) / images
+
+
+def advice(config: Config, epoch: int) -> str:
+    """What a run that diverged after so many whole epochs leaves, and what to try."""
+    kept = f"the checkpoint of epoch {epoch} is kept" if epoch else "there is no checkpoint yet"
+    return f"{kept}; try a smaller lr (now {config.lr:g}) or a clip_norm"
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ from staa.config import ConfigError, settings_of
     (dict(train_images=-5), "train_images"), (dict(weight_decay=float("nan")), "weight_decay"),
     (dict(warmup_epochs=3, epochs=2), "warmup_epochs must not exceed epochs"), (dict(clip_norm=-1.0), "clip_norm"),
     (dict(channels_last="yes"), "channels_last must be True or False"),
+    (dict(image_size=8), "image_size of resnet20 must be at least 16, got 8"),
+    (dict(network="vgg13", image_size=16), "image_size of vgg13 must be at least 32"),
     (dict(dataset="cifar10", image_size=64), "image_size of cifar10 must be 32"),
     (dict(neuron_settings={"r": 8, "q": 1}), "neuron_settings of staa must be among .*r.*, got 'q'"),
     (dict(neuron="lif", neuron_settings={"r": 8}), "neuron_settings of lif must be among .*decay.*, got 'r'"),
