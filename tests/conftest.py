@@ -24,3 +24,13 @@ def no_network(monkeypatch):
     monkeypatch.setattr("socket.getaddrinfo", refused)
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A folder with the images that faults.SMALL trains on, and no records of the project."""
+    import faults
+
+    monkeypatch.setenv("STAA_RECORDS", str(tmp_path / "records"))
+    faults.images(tmp_path)
+    return tmp_path

@@ -18,15 +18,8 @@ from staa import records
 from staa.records import Record, RecordError, find, vouched, write
 from staa.train import run
 
+pytestmark = pytest.mark.usefixtures("root")
 quiet = partial(run, device="cpu", workers=0, log=lambda line: None)
-
-
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    """Holds the images to train on; runs/ and data/ are conftest's."""
-    monkeypatch.setenv("STAA_RECORDS", str(tmp_path / "records"))
-    faults.images(tmp_path)
-    return tmp_path
 
 
 def a_record(*accuracies, seed=0):

@@ -19,15 +19,8 @@ from staa.train import TrainingError, evaluate, learning_rate, run, train_epoch
 
 CPU = torch.device("cpu")
 DIGITS = Config(dataset="digits", image_size=16, width=1 / 32, T=1, train_images=64, batch_size=32, lr=0.01)
+pytestmark = pytest.mark.usefixtures("root")
 quiet = partial(run, device="cpu", workers=0, log=lambda line: None)
-
-
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    """Holds the images to train on; runs/ and data/ are conftest's."""
-    monkeypatch.setenv("STAA_RECORDS", str(tmp_path / "records"))
-    faults.images(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture(scope="module")
