@@ -123,7 +123,7 @@ def _train(config: Config, place: Path, device, data_root, workers, log) -> Reco
     save(place / "weights.pt", state["network"])
     record.save(place / "record.json")
     (place / "checkpoint.pt").unlink(missing_ok=True)
-    return record
+    return Record.load(place / "record.json")  # what any later reader gets, the order of its entries included
 
 
 def train_epoch(network, optimizer, loader, config: Config, epoch: int, device) -> tuple[float, float]:

@@ -109,7 +109,8 @@ def test_all_runs_are_done_in_order_and_logged():
     assert sum("epoch 1/1" in line for line in lines) == 3 and "3/3 runs" in lines[-1]
     lines.clear()
     again = run_all(configs, log=lines.append)
-    assert again == done and not any("epoch" in line for line in lines)
+    assert again == done and str(again) == str(done), "a trained record and a read one are alike in every respect"
+    assert not any("epoch" in line for line in lines)
 
 
 def test_one_failure_does_not_cost_the_others():
