@@ -10,10 +10,12 @@ our reading: with the gate at 1/2 and alpha = 2 the aggregator starts as the pla
 """
 
 import math
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
 
+from . import fused, fused_staa
 from .neuron import LIF, over_time
 
 PE_KINDS = ("learned", "fixed")
@@ -76,9 +78,13 @@ class GlobalContext(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         k = self.key(x).flatten(2).softmax(-1)                                # (N, 1, HW), eq. 7
         context = x.flatten(2) @ k.transpose(1, 2)                            # (N, C, 1)
-        q = self.query(context.unsqueeze(-1)).flatten(1)                      # (N, C/r)
+        return x + self.of(context.unsqueeze(-1))                             # eq. 10
+
+    def of(self, context: Tensor) -> Tensor:
+        """v from the context, both (N, C, 1, 1)."""
+        q = self.query(context).flatten(1)                                    # (N, C/r)
         q = self.norm(q).relu()[..., None, None]                              # (N, C/r, 1, 1), eq. 8
-        return x + self.value(q)                                              # eqs. 9, 10
+        return self.value(q)                                                  # eq. 9
 
 
 class StepAttention(nn.Module):
@@ -93,7 +99,10 @@ class StepAttention(nn.Module):
         zero(self.excite)  # our reading of "initial speed": M starts at alpha / 2
 
     def forward(self, hm: Tensor, x: Tensor) -> Tensor:
-        pooled = (hm + x).mean((-2, -1), keepdim=True)
+        return self.of((hm + x).mean((-2, -1), keepdim=True))
+
+    def of(self, pooled: Tensor) -> Tensor:
+        """M from the pooled potential and current, both (B, C, 1, 1)."""
         return self.alpha * self.excite(self.squeeze(pooled).relu()).sigmoid()
 
 
@@ -156,6 +165,12 @@ class STAALIF(LIF):
             raise ValueError(f"this STAALIF takes (T={self.T}, B, C={self.channels}, H, W), got {tuple(x.shape)}")
         # The draws are the CPU generator's, so that a GPU is never waited for.
         dropped = (torch.rand(self.T) < self.beta).tolist() if self.training and self.beta else [False] * self.T
+        with torch.autocast(x.device.type, enabled=False):  # it is no matrix product that would gain by bf16
+            if self.is_plain() and fused.usable(x, *self.numbers()) and fused.compiles(x):
+                return self._fused(x, dropped)
+            return self._reference(x.to(fused.membrane_type(x)), dropped).to(x.dtype)
+
+    def _reference(self, x: Tensor, dropped: list[bool]) -> Tensor:
         pe_membrane, pe_output = (None if pe is None else pe.per_step() for pe in (self.pe_membrane, self.pe_output))
         attended = self.attend(x)
         hm = torch.full_like(x[0], self.v_reset)
@@ -169,6 +184,41 @@ class STAALIF(LIF):
             s, hm = self.fire(u)
             spikes.append(s)
         return over_time(spikes)
+
+    def _fused(self, x: Tensor, dropped: list[bool]) -> Tensor:
+        """The same in few passes over memory: see `fused_staa`."""
+        pe_input, pe_membrane, pe_output = (x.new_zeros(self.T, self.channels, dtype=fused.membrane_type(x)) if pe is None
+                                            else pe.weight for pe in (self.pe_input, self.pe_membrane, self.pe_output))
+
+        def added(context):  # (T, B, C); PE is the same everywhere, so it cancels in the softmax of eq. 7
+            pe = pe_input[:, None].expand_as(context)
+            if self.gc is None:
+                return pe
+            return pe + self.gc.of((context + pe).flatten(0, 1)[..., None, None]).view_as(context)
+
+        def mixing(t, hm, x, added):  # (B, C)
+            if dropped[t]:
+                return torch.ones_like(x), torch.ones_like(x), torch.zeros_like(x)
+            if self.sa is None:
+                p, q, rest = (torch.full_like(x, n) for n in (self.decay, self.gain, self.v_reset * (1 - self.decay)))
+            else:
+                p = self.sa.of((hm + pe_membrane[t] + x + added)[..., None, None]).flatten(1)
+                q, rest = self.sa.alpha - p, 0
+            return p, q, q * added + p * pe_membrane[t] + rest + pe_output[t]
+
+        key, bias = (x.new_zeros(n, dtype=pe_input.dtype) for n in (self.channels, 1))
+        if self.gc is not None:
+            key, bias = self.gc.key.weight.flatten(), self.gc.key.bias
+        parameters = [p for name, p in self.named_parameters() if not name.startswith("gc.key")]
+        return fused_staa.aggregated(x, key, bias, added, mixing, parameters, self.numbers()[2:])
+
+    def is_plain(self) -> bool:
+        """As in LIF; and nobody listens to a block, whose modules `fused` does not call as they are."""
+        own = all(getattr(type(self), name) is getattr(STAALIF, name) for name in ("attend", "mix"))
+        blocks = all(type(block) in (NoneType, kind) for block, kind in (
+            (self.gc, GlobalContext), (self.sa, StepAttention), (self.pe_input, PositionEncoding)))
+        return own and blocks and super().is_plain() and not any(
+            m._forward_hooks or m._forward_pre_hooks for child in self.children() for m in child.modules())
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, T={self.T}, beta={self.beta}, {super().extra_repr()}"

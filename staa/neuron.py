@@ -14,6 +14,8 @@ Time is the first axis, and a neuron keeps nothing between calls: there is no st
 import torch
 from torch import Tensor, nn
 
+from . import fused
+
 
 class _Rectangle(torch.autograd.Function):
     @staticmethod
@@ -74,12 +76,21 @@ class LIF(nn.Module):
         return s, u * (1 - s) + self.v_reset * s
 
     def forward(self, x: Tensor) -> Tensor:
-        hm = torch.full_like(x[0], self.v_reset)
+        if self.is_plain() and fused.usable(x, *self.numbers()):
+            return fused.lif(x, *self.numbers())
+        hm = torch.full_like(x[0], self.v_reset, dtype=fused.membrane_type(x))
         spikes = []
         for x_t in x.unbind():  # (B, ...), one time step; indexing x[t] would cost a full-size gradient each
             s, hm = self.fire(self.charge(hm, x_t))
             spikes.append(s)
-        return over_time(spikes)
+        return over_time(spikes).to(x.dtype)
+
+    def numbers(self) -> tuple:
+        return self.decay, self.gain, self.v_th, self.v_reset, self.a
+
+    def is_plain(self) -> bool:
+        """Whether no subclass has changed an equation, so that `fused` computes this neuron."""
+        return type(self).charge is LIF.charge and type(self).fire is LIF.fire
 
     def extra_repr(self) -> str:
         return f"decay={self.decay}, gain={self.gain}, v_th={self.v_th}, v_reset={self.v_reset}, a={self.a}"

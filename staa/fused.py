@@ -1,0 +1,206 @@
+"""The plain neuron in few passes over memory. What it computes stands in `neuron.py`; this file only computes it faster,
+and is tested against it. `fused_staa.py` does the same for the STAA neuron.
+
+A neuron is limited by memory traffic, so each number is read and written as few times as can be, and nothing is kept for
+the backward pass but the current: the membrane potential is computed anew. There are two ways, chosen by themselves:
+compiled (Inductor, Triton), one pass for all time steps; and, where there is no compiler or a current is too small to
+compile for, operators that work in place on slices that stay in the cache.
+
+`staa.fused.enabled = False`, or STAA_FUSED=0 in the environment, switches both off. Membrane potentials are float32 for
+currents of lower precision, and of the current's type otherwise.
+"""
+
+import functools
+import os
+import warnings
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+enabled = os.environ.get("STAA_FUSED", "1") != "0"
+
+#: Elements from which a current is worth the seconds that compiling takes, once a process.
+WORTH_COMPILING = 2 ** 20
+#: Elements of one slice on a CPU.
+SLICE = 2 ** 18
+
+
+def usable(x: Tensor, *numbers) -> bool:
+    """Whether a neuron with these settings may take the fast path for the current x."""
+    return (enabled and x.device.type in ("cpu", "cuda") and x.is_floating_point() and x.numel() > 0
+            and all(isinstance(n, (int, float)) for n in numbers) and not torch.compiler.is_compiling())
+
+
+def compiles(x: Tensor) -> bool:
+    """Whether x is large enough to compile for, and there is a compiler for its device."""
+    return x.numel() >= WORTH_COMPILING and compiler(x.device.type)
+
+
+@functools.cache
+def compiler(device: str) -> bool:
+    """Whether torch.compile works here; one warning where it does not."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+        return True
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(f"torch.compile does not work here ({reason}): the neurons run without it, more slowly.")
+        return False
+
+
+def membrane_type(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.element_size() < 4 else x.dtype
+
+
+@functools.cache
+def constants(numbers: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Settings as one small tensor. As Python numbers they would be compiled in or, with dynamic=True in torch 2.13, give
+    wrong spikes from the second set of them on."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+# Layout. (T, B, C, H, W) lies in memory as T, B, H, W, C where the network is channels-last.
+
+def is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 5 and not x.is_contiguous() and x.permute(0, 1, 3, 4, 2).is_contiguous()
+
+
+def flat(x: Tensor, channels_last: bool) -> Tensor:
+    """(T, N), in the order of memory; a view where x is laid out as said."""
+    return (x.permute(0, 1, 3, 4, 2) if channels_last else x).contiguous().flatten(1)
+
+
+def shaped(rows: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
+    """The inverse of `flat`."""
+    if not channels_last:
+        return rows.view(shape)
+    T, B, C, H, W = shape
+    return rows.view(T, B, H, W, C).permute(0, 1, 4, 2, 3)
+
+
+# The plain neuron, eqs. 1-5: x and s are lists of T rows (N,).
+
+class _LIF(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, numbers: tuple):
+        last = is_channels_last(x)
+        rows = flat(x, last)
+        s = torch.empty_like(rows)
+        ctx.save_for_backward(rows)
+        ctx.numbers, ctx.shape, ctx.last, ctx.compiles = numbers, x.shape, last, compiles(x)
+        if ctx.compiles:
+            _lif(rows.unbind(), s.unbind(), constants(numbers, membrane_type(x), x.device))
+        else:
+            _lif_sliced(rows, s, *numbers)
+        return shaped(s, x.shape, last)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        rows, = ctx.saved_tensors
+        grad, dx = flat(grad, ctx.last), torch.empty_like(rows)
+        if ctx.compiles:
+            _lif_backward(rows.unbind(), grad.unbind(), dx.unbind(),
+                          constants(ctx.numbers, membrane_type(rows), rows.device))
+        else:
+            _lif_sliced_backward(rows, grad, dx, *ctx.numbers)
+        return shaped(dx, ctx.shape, ctx.last), None
+
+
+def lif(x: Tensor, decay: float, gain: float, v_th: float, v_reset: float, a: float) -> Tensor:
+    """Spikes of the plain neuron for the current x (T, B, ...)."""
+    return _LIF.apply(x, (decay, gain, v_th, v_reset, a))
+
+
+@functools.partial(torch.compile, dynamic=True)
+def _lif(x: list[Tensor], s: list[Tensor], constants: Tensor):
+    decay, gain, v_th, v_reset, a = constants.unbind()
+    hm = v_reset
+    for x_t, s_t in zip(x, s):
+        u = v_reset + decay * (hm - v_reset) + gain * x_t.to(constants.dtype)
+        fired = u - v_th >= 0
+        hm = torch.where(fired, v_reset, u)
+        s_t.copy_(fired)
+
+
+@functools.partial(torch.compile, dynamic=True)
+def _lif_backward(x: list[Tensor], ds: list[Tensor], dx: list[Tensor], constants: Tensor):
+    decay, gain, v_th, v_reset, a = constants.unbind()
+    hm, us = v_reset, []
+    for x_t in x:
+        us.append(v_reset + decay * (hm - v_reset) + gain * x_t.to(constants.dtype))
+        hm = torch.where(us[-1] - v_th >= 0, v_reset, us[-1])
+    dhm = torch.zeros_like(constants[0])
+    for u, ds_t, dx_t in zip(reversed(us), reversed(ds), reversed(dx)):
+        du = fire_backward(u, ds_t.to(constants.dtype), dhm, v_th, v_reset, a)
+        dx_t.copy_(gain * du)
+        dhm = decay * du
+
+
+def fire_backward(u, ds, dhm, v_th, v_reset, a):
+    """dU from dS and dHm: eqs. 2, 3 and 5."""
+    v = u - v_th
+    through_spike = torch.where(v.abs() <= a / 2, (ds + dhm * (v_reset - u)) / a, 0)
+    return through_spike + torch.where(v >= 0, 0, dhm)
+
+
+# The same without a compiler, each operator in place or into a tensor that is there already.
+
+def select(y: Tensor, v: Tensor, low: float, high: float, out: Tensor):
+    """y where low < v < high and 0 elsewhere, in one pass."""
+    torch.ops.aten.hardtanh_backward(y, v, low, high, grad_input=out)
+
+
+def slices(x: Tensor, buffers: int):
+    """(slice, buffers) after one another over the rows of x (T, N); on a GPU the slice is everything. The buffers are the
+    same memory again and again, in the membrane's type."""
+    size = min(SLICE, x.shape[1]) if x.device.type == "cpu" else x.shape[1]
+    memory = x.new_empty(buffers, size, dtype=membrane_type(x))
+    for start in range(0, x.shape[1], size):
+        part = slice(start, min(start + size, x.shape[1]))
+        yield part, memory[:, :part.stop - part.start].unbind()
+
+
+def _charge(u, hm, x_t, decay, gain, v_reset):
+    """u = v_reset + decay (hm - v_reset) + gain x_t with the rounding of `LIF.charge`; hm is spent."""
+    if v_reset:
+        hm -= v_reset
+    torch.mul(hm, decay, out=u)
+    if v_reset:
+        u += v_reset
+    u += x_t if gain == 1 else x_t.to(u.dtype) * gain
+
+
+def _reset(hm, u, v_th, v_reset):
+    """hm = u where u < v_th, else v_reset."""
+    select(u, u, -torch.inf, v_th, out=hm)
+    if v_reset:
+        hm += v_reset * (u >= v_th)
+
+
+def _lif_sliced(x, s, decay, gain, v_th, v_reset, a):
+    for part, (hm, u) in slices(x, 2):
+        hm.fill_(v_reset)
+        for x_t, s_t in zip(x[:, part], s[:, part]):
+            _charge(u, hm, x_t, decay, gain, v_reset)
+            torch.ge(u, v_th, out=s_t)
+            _reset(hm, u, v_th, v_reset)
+
+
+def _lif_sliced_backward(x, ds, dx, decay, gain, v_th, v_reset, a):
+    edge = torch.nextafter(torch.tensor(a / 2, dtype=membrane_type(x)), torch.tensor(torch.inf)).item()
+    for part, (hm, v, *us) in slices(x, 2 + len(x)):
+        hm.fill_(v_reset)
+        for x_t, u in zip(x[:, part], us):
+            _charge(u, hm, x_t, decay, gain, v_reset)
+            _reset(hm, u, v_th, v_reset)
+        dhm = hm.zero_()
+        for u, ds_t, dx_t in zip(reversed(us), reversed(ds[:, part].unbind()), reversed(dx[:, part].unbind())):
+            torch.sub(u, v_th, out=v)
+            through = torch.addcmul(ds_t, u.sub_(v_reset) if v_reset else u, dhm, value=-1, out=u)
+            select(through, v, -edge, edge, out=through)
+            select(dhm, v, -torch.inf, 0.0, out=dhm)
+            du = torch.add(dhm, through, alpha=1 / a, out=through)
+            torch.mul(du, gain, out=dx_t)
+            torch.mul(du, decay, out=dhm)

@@ -1,0 +1,156 @@
+"""The STAA neuron in few passes over memory. What it computes stands in `attention.py`; this file only computes it faster,
+and is tested against it.
+
+X~ - X does not depend on space, so X~ never comes to be. All that the aggregator does to the current is
+
+    U[t] = p Hm[t-1] + q X[t] + w       with p, q and w a number a sample and channel, (B, C)
+
+and what it has to know of the current are two means over space: the one that GC's attention weighs, and the plain one.
+The big tensors are worked through by hand in here, forward and backward; the small ones between them, (B, C), are left
+to autograd, on a tape for each time step. Kept for the backward pass are the current, the attention's weights and the
+tapes; the membrane potential is computed anew.
+
+Below, x is (T, B, H, W, C) where the network is channels-last, and (T, B, C, H, W) where not.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .fused import constants, fire_backward, is_channels_last, membrane_type
+
+
+def aggregated(x: Tensor, key: Tensor, bias: Tensor, added: Callable, mixing: Callable, parameters: list[Tensor],
+               numbers: tuple) -> Tensor:
+    """Spikes of a STAA neuron for the current x (T, B, C, H, W).
+
+    key (C,), bias (1,): of GC's attention over space. added(context) is X~ - X, (T, B, C), for the context that this
+    attention picks, (T, B, C). mixing(t, hm, x, added) is p, q and w of one step, (B, C), from Hm's mean over space,
+    X's and what is added, (B, C). Both are differentiated by autograd, and `parameters` are what they use; numbers:
+    v_th, v_reset, a.
+    """
+    last = is_channels_last(x)
+    y = x.permute(0, 1, 3, 4, 2) if last else x.contiguous()
+    spikes = _Aggregated.apply(y, key, bias, added, mixing, numbers, last, *parameters)
+    return spikes.permute(0, 1, 4, 2, 3) if last else spikes
+
+
+class _Aggregated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, key, bias, added, mixing, numbers, last, *parameters):
+        dtype, space = membrane_type(x), (1, 2) if last else (2, 3)
+        settings = constants(numbers, dtype, x.device)
+        positions = by_position(x, last).to(dtype)                                  # (N, HW, C), N = T B
+        k = (positions @ key).softmax(-1)                                           # (N, HW), eq. 7
+        weights = torch.stack([k, torch.full_like(k, 1 / k.shape[1])], 1)           # (N, 2, HW)
+        context, mean = (weights @ positions).unflatten(0, x.shape[:2]).unbind(2)   # (T, B, C)
+        first, tapes = Tape(added, context), []
+        hm, s = torch.full_like(x[0], numbers[1], dtype=dtype), torch.empty_like(x)
+        for t in range(len(x)):
+            tapes.append(Tape(functools.partial(mixing, t), hm.mean(space), mean[t], first.out[0][t]))
+            hm = _step(hm, x[t], *wide(tapes[-1].out, last), settings, s[t])
+        ctx.save_for_backward(x, key, weights)
+        ctx.parameters = parameters  # themselves: a tape knows them by identity
+        ctx.numbers, ctx.last, ctx.first, ctx.tapes = numbers, last, first, tapes
+        return s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, ds):
+        x, key, weights = ctx.saved_tensors
+        last, parameters, settings = ctx.last, ctx.parameters, constants(ctx.numbers, weights.dtype, x.device)
+        mixed = [wide(tape.out, last) for tape in ctx.tapes]
+        hms = [torch.full_like(x[0], ctx.numbers[1], dtype=weights.dtype)]
+        for x_t, pqw in zip(x[:-1], mixed):
+            hms.append(_membrane(hms[-1], x_t, *pqw, settings))
+        ds, dx, dparameters = ds.contiguous(), torch.empty_like(x), [None] * len(parameters)
+        dhm, dmean_hm = torch.zeros_like(hms[0]), torch.zeros_like(ctx.tapes[0].out[0])
+        dmean, dadded = [], []
+        for t in reversed(range(len(x))):
+            dhm, *dpqw = _step_backward(ds[t], dhm, *wide([dmean_hm], last), hms.pop(), x[t], *mixed[t], settings, dx[t],
+                                        last)
+            (dmean_hm, dm, da), dparameters = ctx.tapes[t].backward(dpqw, parameters, dparameters)
+            dmean.insert(0, dm)
+            dadded.insert(0, da)
+        (dcontext,), dparameters = ctx.first.backward([torch.stack(dadded)], parameters, dparameters)
+        both = torch.stack([dcontext, torch.stack(dmean)], 2).flatten(0, 1)        # (N, 2, C)
+        dkey = context_backward(by_position(x, last), key, weights, both, by_position(dx, last))
+        return dx, dkey, torch.zeros_like(key[:1]), *[None] * 4, *dparameters      # a bias cancels in the softmax
+
+
+class Tape:
+    """A small differentiable function of detached inputs, run now and differentiated later."""
+
+    def __init__(self, function: Callable, *inputs: Tensor):
+        with torch.enable_grad():
+            self.inputs = [x.detach().requires_grad_() for x in inputs]
+            out = function(*self.inputs)
+        self.graph = [out] if isinstance(out, Tensor) else list(out)
+        self.out = [y.detach() for y in self.graph]
+
+    def backward(self, grads, parameters, so_far):
+        """The gradients of the inputs, and those of the parameters added to `so_far`; None where there is none."""
+        used = [(y, grad) for y, grad in zip(self.graph, grads) if y.requires_grad]
+        if not used:
+            return [torch.zeros_like(x) for x in self.inputs], so_far
+        outputs, grads = zip(*used)
+        wanted = [*self.inputs, *(p for p in parameters if p.requires_grad)]
+        found = iter(torch.autograd.grad(outputs, wanted, grads, retain_graph=True, allow_unused=True))
+        inputs = [torch.zeros_like(x) if g is None else g for x, g in zip(self.inputs, found)]
+        found = [next(found) if p.requires_grad else None for p in parameters]
+        return inputs, [new if old is None else old if new is None else old + new for old, new in zip(so_far, found)]
+
+
+def by_position(x: Tensor, last: bool) -> Tensor:
+    """(T B, HW, C), a view."""
+    return x.flatten(0, 1).flatten(1, 2) if last else x.flatten(0, 1).flatten(2).mT
+
+
+def wide(numbers: list[Tensor], last: bool) -> list[Tensor]:
+    """(B, C) over space."""
+    return [n[:, None, None] if last else n[..., None, None] for n in numbers]
+
+
+def context_backward(x: Tensor, key: Tensor, weights: Tensor, grad: Tensor, dx: Tensor) -> Tensor:
+    """Add the gradient of weights @ x, (N, 2, C), to dx; the gradient of key. x, dx: (N, HW, C).
+
+    What reaches a position is the sum of three outer products: of the context, of the mean and of the logits.
+    """
+    y, k = x.to(key.dtype), weights[:, :1]
+    dk = grad[:, :1] @ y.mT                                             # (N, 1, HW)
+    dlogits = k * (dk - (k * dk).sum(-1, keepdim=True))
+    here = torch.cat([weights, dlogits], 1)                             # (N, 3, HW)
+    there = torch.cat([grad, key.expand(len(grad), 1, -1)], 1)          # (N, 3, C)
+    dx.baddbmm_(here.mT.to(dx.dtype), there.to(dx.dtype))
+    return (dlogits @ y).sum((0, 1))
+
+
+@functools.partial(torch.compile, dynamic=True)
+def _step(hm, x, p, q, w, settings, s):
+    v_th, v_reset, a = settings.unbind()
+    u = p * hm + q * x + w
+    fired = u - v_th >= 0
+    s.copy_(fired)
+    return torch.where(fired, v_reset, u)
+
+
+@functools.partial(torch.compile, dynamic=True)
+def _membrane(hm, x, p, q, w, settings):
+    v_th, v_reset, a = settings.unbind()
+    u = p * hm + q * x + w
+    return torch.where(u - v_th >= 0, v_reset, u)
+
+
+@functools.partial(torch.compile, dynamic=True)
+def _step_backward(ds, dhm, dmean, hm, x, p, q, w, settings, dx, last: bool):
+    """dHm[t-1] without what comes by its mean, and dp, dq, dw (B, C); dX[t] is written to dx. dmean: of Hm[t]'s mean."""
+    v_th, v_reset, a = settings.unbind()
+    height, width = (1, 2) if last else (2, 3)
+    dhm = dhm + dmean / (x.shape[height] * x.shape[width])
+    du = fire_backward(p * hm + q * x + w, ds, dhm, v_th, v_reset, a)
+    dx.copy_(q * du)
+    # One axis of space after the other: Inductor's loops over both at once are slow.
+    return p * du, *[d.sum(width).sum(height) for d in (du * hm, du * x, du)]
