@@ -51,7 +51,7 @@ class _Aggregated(torch.autograd.Function):
         hm, s = torch.full_like(x[0], numbers[1], dtype=dtype), torch.empty_like(x)
         for t in range(len(x)):
             tapes.append(Tape(functools.partial(mixing, t), hm.mean(space), mean[t], first.out[0][t]))
-            hm = _step(hm, x[t], *wide(tapes[-1].out, last), settings, s[t])
+            _step(hm, x[t], *wide(tapes[-1].out, last), settings, s[t])
         ctx.save_for_backward(x, key, weights)
         ctx.parameters = parameters  # themselves: a tape knows them by identity
         ctx.numbers, ctx.last, ctx.first, ctx.tapes = numbers, last, first, tapes
@@ -63,15 +63,15 @@ class _Aggregated(torch.autograd.Function):
         x, key, weights = ctx.saved_tensors
         last, parameters, settings = ctx.last, ctx.parameters, constants(ctx.numbers, weights.dtype, x.device)
         mixed = [wide(tape.out, last) for tape in ctx.tapes]
-        hms = [torch.full_like(x[0], ctx.numbers[1], dtype=weights.dtype)]
-        for x_t, pqw in zip(x[:-1], mixed):
-            hms.append(_membrane(hms[-1], x_t, *pqw, settings))
+        hm = torch.empty_like(x, dtype=weights.dtype)  # Hm[t-1] at t
+        hm[0] = ctx.numbers[1]
+        for t in range(len(x) - 1):
+            _membrane(hm[t], x[t], *mixed[t], settings, hm[t + 1])
         ds, dx, dparameters = ds.contiguous(), torch.empty_like(x), [None] * len(parameters)
-        dhm, dmean_hm = torch.zeros_like(hms[0]), torch.zeros_like(ctx.tapes[0].out[0])
+        dhm, dmean_hm = torch.zeros_like(hm[0]), torch.zeros_like(ctx.tapes[0].out[0])
         dmean, dadded = [], []
         for t in reversed(range(len(x))):
-            dhm, *dpqw = _step_backward(ds[t], dhm, *wide([dmean_hm], last), hms.pop(), x[t], *mixed[t], settings, dx[t],
-                                        last)
+            dpqw = _step_backward(ds[t], dhm, *wide([dmean_hm], last), hm[t], x[t], *mixed[t], settings, dx[t], last)
             (dmean_hm, dm, da), dparameters = ctx.tapes[t].backward(dpqw, parameters, dparameters)
             dmean.insert(0, dm)
             dadded.insert(0, da)
@@ -130,27 +130,31 @@ def context_backward(x: Tensor, key: Tensor, weights: Tensor, grad: Tensor, dx: 
 
 @functools.partial(torch.compile, dynamic=True)
 def _step(hm, x, p, q, w, settings, s):
+    """S[t] into s; Hm[t] takes the place of Hm[t-1]."""
     v_th, v_reset, a = settings.unbind()
     u = p * hm + q * x + w
     fired = u - v_th >= 0
     s.copy_(fired)
-    return torch.where(fired, v_reset, u)
+    hm.copy_(torch.where(fired, v_reset, u))
 
 
 @functools.partial(torch.compile, dynamic=True)
-def _membrane(hm, x, p, q, w, settings):
+def _membrane(hm, x, p, q, w, settings, out):
+    """Hm[t] into out."""
     v_th, v_reset, a = settings.unbind()
     u = p * hm + q * x + w
-    return torch.where(u - v_th >= 0, v_reset, u)
+    out.copy_(torch.where(u - v_th >= 0, v_reset, u))
 
 
 @functools.partial(torch.compile, dynamic=True)
 def _step_backward(ds, dhm, dmean, hm, x, p, q, w, settings, dx, last: bool):
-    """dHm[t-1] without what comes by its mean, and dp, dq, dw (B, C); dX[t] is written to dx. dmean: of Hm[t]'s mean."""
+    """dp, dq, dw (B, C); dX[t] into dx; dHm[t-1], but for what comes by its mean, takes the place of dHm[t]."""
     v_th, v_reset, a = settings.unbind()
     height, width = (1, 2) if last else (2, 3)
-    dhm = dhm + dmean / (x.shape[height] * x.shape[width])
-    du = fire_backward(p * hm + q * x + w, ds, dhm, v_th, v_reset, a)
+    through = dhm + dmean / (x.shape[height] * x.shape[width])
+    du = fire_backward(p * hm + q * x + w, ds, through, v_th, v_reset, a)
     dx.copy_(q * du)
     # One axis of space after the other: Inductor's loops over both at once are slow.
-    return p * du, *[d.sum(width).sum(height) for d in (du * hm, du * x, du)]
+    sums = [d.sum(width).sum(height) for d in (du * hm, du * x, du)]
+    dhm.copy_(p * du)
+    return sums
