@@ -14,6 +14,7 @@ from types import NoneType
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import fused, fused_staa
 from .neuron import LIF, over_time
@@ -55,6 +56,11 @@ def sinusoid(T: int, channels: int) -> Tensor:
     return torch.where(c % 2 == 0, angle.sin(), angle.cos())
 
 
+def per_channel(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1x1 convolution of what has no space, (..., C); as a convolution it would cost a tenfold of its time."""
+    return F.linear(x, layer.weight.flatten(1), layer.bias)
+
+
 def zero(layer: nn.Conv2d):
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -78,13 +84,9 @@ class GlobalContext(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         k = self.key(x).flatten(2).softmax(-1)                                # (N, 1, HW), eq. 7
         context = x.flatten(2) @ k.transpose(1, 2)                            # (N, C, 1)
-        return x + self.of(context.unsqueeze(-1))                             # eq. 10
-
-    def of(self, context: Tensor) -> Tensor:
-        """v from the context, both (N, C, 1, 1)."""
-        q = self.query(context).flatten(1)                                    # (N, C/r)
+        q = self.query(context.unsqueeze(-1)).flatten(1)                      # (N, C/r)
         q = self.norm(q).relu()[..., None, None]                              # (N, C/r, 1, 1), eq. 8
-        return self.value(q)                                                  # eq. 9
+        return x + self.value(q)                                              # eqs. 9, 10
 
 
 class StepAttention(nn.Module):
@@ -99,10 +101,7 @@ class StepAttention(nn.Module):
         zero(self.excite)  # our reading of "initial speed": M starts at alpha / 2
 
     def forward(self, hm: Tensor, x: Tensor) -> Tensor:
-        return self.of((hm + x).mean((-2, -1), keepdim=True))
-
-    def of(self, pooled: Tensor) -> Tensor:
-        """M from the pooled potential and current, both (B, C, 1, 1)."""
+        pooled = (hm + x).mean((-2, -1), keepdim=True)
         return self.alpha * self.excite(self.squeeze(pooled).relu()).sigmoid()
 
 
@@ -166,7 +165,7 @@ class STAALIF(LIF):
         # The draws are the CPU generator's, so that a GPU is never waited for.
         dropped = (torch.rand(self.T) < self.beta).tolist() if self.training and self.beta else [False] * self.T
         with torch.autocast(x.device.type, enabled=False):  # it is no matrix product that would gain by bf16
-            if self.is_plain() and fused.usable(x, *self.numbers()) and fused.compiles(x):
+            if self.is_plain() and fused.usable(x, *self.numbers()):
                 return self._fused(x, dropped)
             return self._reference(x.to(fused.membrane_type(x)), dropped).to(x.dtype)
 
@@ -194,7 +193,8 @@ class STAALIF(LIF):
             pe = pe_input[:, None].expand_as(context)
             if self.gc is None:
                 return pe
-            return pe + self.gc.of((context + pe).flatten(0, 1)[..., None, None]).view_as(context)
+            q = self.gc.norm(per_channel(self.gc.query, context + pe)).relu()
+            return pe + per_channel(self.gc.value, q)
 
         def mixing(t, hm, x, added):  # (B, C)
             if dropped[t]:
@@ -202,7 +202,8 @@ class STAALIF(LIF):
             if self.sa is None:
                 p, q, rest = (torch.full_like(x, n) for n in (self.decay, self.gain, self.v_reset * (1 - self.decay)))
             else:
-                p = self.sa.of((hm + pe_membrane[t] + x + added)[..., None, None]).flatten(1)
+                pooled = hm + pe_membrane[t] + x + added
+                p = self.sa.alpha * per_channel(self.sa.excite, per_channel(self.sa.squeeze, pooled).relu()).sigmoid()
                 q, rest = self.sa.alpha - p, 0
             return p, q, q * added + p * pe_membrane[t] + rest + pe_output[t]
 

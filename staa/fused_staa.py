@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .fused import constants, fire_backward, is_channels_last, membrane_type
+from .fused import compiles, constants, fire_backward, is_channels_last, membrane_type
 
 
 def aggregated(x: Tensor, key: Tensor, bias: Tensor, added: Callable, mixing: Callable, parameters: list[Tensor],
@@ -41,7 +41,7 @@ def aggregated(x: Tensor, key: Tensor, bias: Tensor, added: Callable, mixing: Ca
 class _Aggregated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, key, bias, added, mixing, numbers, last, *parameters):
-        dtype, space = membrane_type(x), (1, 2) if last else (2, 3)
+        dtype, space, compiled = membrane_type(x), (1, 2) if last else (2, 3), compiles(x)
         settings = constants(numbers, dtype, x.device)
         positions = by_position(x, last).to(dtype)                                  # (N, HW, C), N = T B
         k = (positions @ key).softmax(-1)                                           # (N, HW), eq. 7
@@ -51,7 +51,7 @@ class _Aggregated(torch.autograd.Function):
         hm, s = torch.full_like(x[0], numbers[1], dtype=dtype), torch.empty_like(x)
         for t in range(len(x)):
             tapes.append(Tape(functools.partial(mixing, t), hm.mean(space), mean[t], first.out[0][t]))
-            _step(hm, x[t], *wide(tapes[-1].out, last), settings, s[t])
+            _step(compiled, hm, x[t], *wide(tapes[-1].out, last), settings, s[t])
         ctx.save_for_backward(x, key, weights)
         ctx.parameters = parameters  # themselves: a tape knows them by identity
         ctx.numbers, ctx.last, ctx.first, ctx.tapes = numbers, last, first, tapes
@@ -61,17 +61,19 @@ class _Aggregated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, ds):
         x, key, weights = ctx.saved_tensors
-        last, parameters, settings = ctx.last, ctx.parameters, constants(ctx.numbers, weights.dtype, x.device)
+        last, parameters, compiled = ctx.last, ctx.parameters, compiles(x)
+        settings = constants(ctx.numbers, weights.dtype, x.device)
         mixed = [wide(tape.out, last) for tape in ctx.tapes]
         hm = torch.empty_like(x, dtype=weights.dtype)  # Hm[t-1] at t
         hm[0] = ctx.numbers[1]
         for t in range(len(x) - 1):
-            _membrane(hm[t], x[t], *mixed[t], settings, hm[t + 1])
+            _membrane(compiled, hm[t], x[t], *mixed[t], settings, hm[t + 1])
         ds, dx, dparameters = ds.contiguous(), torch.empty_like(x), [None] * len(parameters)
         dhm, dmean_hm = torch.zeros_like(hm[0]), torch.zeros_like(ctx.tapes[0].out[0])
         dmean, dadded = [], []
         for t in reversed(range(len(x))):
-            dpqw = _step_backward(ds[t], dhm, *wide([dmean_hm], last), hm[t], x[t], *mixed[t], settings, dx[t], last)
+            dpqw = _step_backward(compiled, ds[t], dhm, *wide([dmean_hm], last), hm[t], x[t], *mixed[t], settings,
+                                  dx[t], last)
             (dmean_hm, dm, da), dparameters = ctx.tapes[t].backward(dpqw, parameters, dparameters)
             dmean.insert(0, dm)
             dadded.insert(0, da)
@@ -128,7 +130,13 @@ def context_backward(x: Tensor, key: Tensor, weights: Tensor, grad: Tensor, dx: 
     return (dlogits @ y).sum((0, 1))
 
 
-@functools.partial(torch.compile, dynamic=True)
+def one_pass(function):
+    """Call it as function(compiled, ...): compiled in one pass over memory, or as it stands."""
+    fast = torch.compile(function, dynamic=True)
+    return lambda compiled, *args: (fast if compiled else function)(*args)
+
+
+@one_pass
 def _step(hm, x, p, q, w, settings, s):
     """S[t] into s; Hm[t] takes the place of Hm[t-1]."""
     v_th, v_reset, a = settings.unbind()
@@ -138,7 +146,7 @@ def _step(hm, x, p, q, w, settings, s):
     hm.copy_(torch.where(fired, v_reset, u))
 
 
-@functools.partial(torch.compile, dynamic=True)
+@one_pass
 def _membrane(hm, x, p, q, w, settings, out):
     """Hm[t] into out."""
     v_th, v_reset, a = settings.unbind()
@@ -146,7 +154,7 @@ def _membrane(hm, x, p, q, w, settings, out):
     out.copy_(torch.where(u - v_th >= 0, v_reset, u))
 
 
-@functools.partial(torch.compile, dynamic=True)
+@one_pass
 def _step_backward(ds, dhm, dmean, hm, x, p, q, w, settings, dx, last: bool):
     """dp, dq, dw (B, C); dX[t] into dx; dHm[t-1], but for what comes by its mean, takes the place of dHm[t]."""
     v_th, v_reset, a = settings.unbind()
