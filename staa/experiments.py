@@ -25,6 +25,8 @@ PRESETS = {
     "smoke": dict(dataset="digits", image_size=16, epochs=4, batch_size=32, lr=0.01),
     "short": dict(dataset="cifar10", augment="autoaugment", epochs=50, precision="bf16"),
     "paper": dict(dataset="cifar10", augment="autoaugment", epochs=500),
+    "cut": dict(dataset="cifar10", train_images=10_000, width=1 / 4, augment="standard", epochs=10, batch_size=64,
+                lr=0.02),
 }
 
 #: What "smoke" sets by network: narrow, and no smaller image than the network can halve.
@@ -47,6 +49,23 @@ FIGURE2 = [("a", dict(gc=False, pe=False, sa=False, beta=0.0)), ("a'", dict(pe=F
 #: Section 4.3, how PE is made.
 POSITION_ENCODING = [("learned", dict(pe_kind="learned")), ("fixed", dict(pe_kind="fixed"))]
 
+#: Table 4, the blocks. With all of them off, the neuron is the plain LIF.
+TABLE4 = [("baseline", dict(gc=False, pe=False, sa=False, beta=0.0)),
+          ("GC", dict(gc=True, pe=False, sa=False, beta=0.0)),
+          ("GC + PE", dict(gc=True, pe=True, sa=False, beta=0.0)),
+          ("GC + PE + TSRD", dict(gc=True, pe=True, sa=False, beta=0.1)),
+          ("GC + PE + SA", dict(gc=True, pe=True, sa=True, beta=0.0)),
+          ("GC + PE + SA + TSRD", dict(gc=True, pe=True, sa=True, beta=0.1))]
+
+#: Figure 3, the probability of TSRD; 0 is our addition.
+FIGURE3 = [(f"{beta:g}", dict(beta=beta)) for beta in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]
+
+#: Figure 5, the scaling coefficient of GC. Which values the paper drew is lost; these are ours.
+FIGURE5 = [(str(r), dict(r=r)) for r in (1, 2, 4, 8, 16)]
+
+#: The introduction's claims on convergence. LIF is Table 4's baseline, so that these are three of its rows.
+CONVERGENCE = [("LIF", TABLE4[0][1]), ("STAA", TABLE4[5][1]), ("STAA without TSRD", TABLE4[4][1])]
+
 
 #: What a notebook's parameters can be.
 PARAMETERS = {"preset", "seeds"} | {field.name for field in fields(Config)}
@@ -67,10 +86,10 @@ class Settings:
         return Config.from_dict(PRESETS[self.preset] | narrow | asked)
 
     def datasets(self, *paper: str) -> list[str]:
-        """The paper's datasets of an item; the digits in smoke; the reader's own where one is given."""
+        """The paper's datasets of an item; the preset's in smoke and cut; the reader's own where one is given."""
         if "dataset" in self.changes:
             return [self.changes["dataset"]]
-        return [PRESETS["smoke"]["dataset"]] if self.preset == "smoke" else list(paper)
+        return [PRESETS[self.preset]["dataset"]] if self.preset in ("smoke", "cut") else list(paper)
 
     def wants(self, **item) -> bool:
         """Whether the reader's parameters leave this item in; `-p network resnet20` leaves the other networks out."""
@@ -128,6 +147,26 @@ def position_encoding(settings: Settings) -> list[Config]:
     return ablation(settings, POSITION_ENCODING, "cifar10")
 
 
+def table4(settings: Settings) -> list[Config]:
+    """Table 4: six combinations of GC, PE, SA and TSRD, CIFAR-100."""
+    return ablation(settings, TABLE4, "cifar100")
+
+
+def figure3(settings: Settings) -> list[Config]:
+    """Figure 3: the probability of TSRD, CIFAR-10."""
+    return ablation(settings, FIGURE3, "cifar10")
+
+
+def figure5(settings: Settings) -> list[Config]:
+    """Figure 5: the scaling coefficient r of GC, CIFAR-10."""
+    return ablation(settings, FIGURE5, "cifar10")
+
+
+def convergence(settings: Settings) -> list[Config]:
+    """The introduction's claims: loss and accuracy by epoch. The paper names no dataset; ours is Table 4's."""
+    return ablation(settings, CONVERGENCE, "cifar100")
+
+
 def energy(settings: Settings) -> list[Config]:
     """Section 4.5: ResNet-20 at T = 4 on CIFAR-100, with STAA and, for comparison, with the plain LIF neuron; every
     seed. The parameters choose another network, dataset or T."""
@@ -135,6 +174,11 @@ def energy(settings: Settings) -> list[Config]:
     return [settings.config(**item, dataset=dataset, neuron=neuron, seed=seed)
             for dataset, neuron, seed in product(settings.datasets("cifar100"), ["staa", "lif"], range(settings.seeds))
             if settings.wants(neuron=neuron)]
+
+
+#: The items with runs, by the name of their notebook.
+ITEMS = {"table1": table1, "table4": table4, "figure2": figure2, "figure3": figure3, "figure5": figure5,
+         "position_encoding": position_encoding, "convergence": convergence, "energy": energy}
 
 
 def run_all(configs: list[Config], *, log: Callable[[str], None] = print) -> list[Record]:

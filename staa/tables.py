@@ -8,7 +8,7 @@ import pandas as pd
 from . import lemaire, records
 from .config import Config, ConfigError
 from .energy import ELEMENTWISE, Measurement
-from .experiments import ABLATED, FIGURE2, POSITION_ENCODING, TABLE1, Settings
+from .experiments import ABLATED, FIGURE2, POSITION_ENCODING, TABLE1, TABLE4, Settings
 from .records import Record
 
 LOST = "not in our source"
@@ -155,6 +155,13 @@ def whole(neuron: str, T: int, settings: dict) -> dict | None:
         return None
 
 
+def own_settings(config: dict) -> str:
+    """What differs from the neuron's defaults, as "STAA, gc = False"."""
+    default = whole(config["neuron"], config["T"], {})
+    others = [f"{k} = {v}" for k, v in config["neuron_settings"].items() if v != default[k]]
+    return ", ".join([config["neuron"].upper(), *others])
+
+
 def training(record: Record) -> str:
     """What was trained, in a few words."""
     c = record.config
@@ -170,13 +177,29 @@ def results() -> pd.DataFrame:
     for group in groups.values():
         c, first = group[0].config, group[0]
         rates = [statistics.mean(r.outcome["firing_rates"].values()) for r in group]
-        rows.append({"Dataset": LABELS.get(c["dataset"], c["dataset"]), "Network": ARCHITECTURES[c["network"]],
-                     "T": c["T"], "Neuron": c["neuron"].upper(), "Training": f"{training(first)}, lr {c['lr']:g}",
-                     "Test accuracy, %": mean_sd(group), "Firing rate": f"{statistics.mean(rates):.3f}",
+        rows.append({"Dataset": LABELS.get(c["dataset"], c["dataset"]),
+                     "Network": ARCHITECTURES[c["network"]], "T": c["T"],
+                     "Neuron": own_settings(c),
+                     "Training": f"{training(first)}, lr {c['lr']:g}, augmentation {c['augment']}",
+                     "Test accuracy, %": mean_sd(group), "Paper": printed(c), "Firing rate": f"{statistics.mean(rates):.3f}",
                      "Parameters": f"{first.outcome['parameters']:,}",
                      "Minutes a run": f"{statistics.mean(r.provenance['seconds'] for r in group) / 60:.0f}",
                      "Device": first.provenance["device"]})
     return pd.DataFrame(rows)
+
+
+def printed(config: dict) -> str:
+    """The paper's accuracy, trained its own way, for this network, T and neuron: a row of Table 4, or of Table 1."""
+    if all(config[name] == value for name, value in ABLATED.items()):
+        for (_, row), line in zip(TABLE4, paper("table4").itertuples()):
+            if config["neuron_settings"] == whole("staa", config["T"], row):
+                return f"{line.accuracy} on {LABELS[line.dataset]} (Table 4)"
+    if config["dataset"] in LABELS and own_settings(config) == "STAA":
+        rows = paper_table1()
+        rows = rows[(rows.Method == "STAA-SNN") & (rows.Architecture == ARCHITECTURES[config["network"]])
+                    & (rows["T"] == str(config["T"]))]
+        return f"{rows.iloc[0]['Paper: ' + LABELS[config['dataset']]]} (Table 1)" if len(rows) else "none"
+    return "none"
 
 
 def energy(found: dict[str, Measurement]) -> pd.DataFrame:

@@ -276,8 +276,8 @@ def commit() -> str:
         return ""
 
 
-def main(words: list[str]):
-    """Settings as name=value, the value in JSON or plain text."""
+def words_to_settings(words: list[str]) -> dict:
+    """Settings written as name=value, the value in JSON or plain text."""
     settings = {}
     for word in words:
         name, equals, value = word.partition("=")
@@ -287,7 +287,11 @@ def main(words: list[str]):
             settings[name] = json.loads(value)
         except ValueError:
             settings[name] = value
-    config = Config.from_dict(settings)
+    return settings
+
+
+def main(words: list[str]):
+    config = Config.from_dict(words_to_settings(words))
     record = run(config)
     print(f"{config.name}: {record.accuracy:.2f} % on the test set after {config.epochs} epochs")
 
