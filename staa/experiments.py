@@ -17,6 +17,7 @@ import torch
 
 from . import data, records
 from .config import Config, ConfigError
+from .distributed import started
 from .records import Record
 from .train import run
 
@@ -189,6 +190,8 @@ def run_all(configs: list[Config], *, log: Callable[[str], None] = print) -> lis
     """
     found = {config: record for config in configs if (record := records.find(config))}
     missing = [config for config in configs if config not in found]
+    if started():  # one run after the other on all of torchrun's processes, which end together where one fails
+        return [run(config, log=log) for config in configs]
     for dataset in dict.fromkeys(config.dataset for config in missing):
         data.load(dataset, train=True)  # one clear sentence now rather than one from every run
     log(bar(len(found), len(configs), "complete before" if found else ""))

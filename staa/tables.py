@@ -181,7 +181,8 @@ def results() -> pd.DataFrame:
                      "Network": ARCHITECTURES[c["network"]], "T": c["T"],
                      "Neuron": own_settings(c),
                      "Training": f"{training(first)}, lr {c['lr']:g}, augmentation {c['augment']}",
-                     "Test accuracy, %": mean_sd(group), "Paper": printed(c), "Firing rate": f"{statistics.mean(rates):.3f}",
+                     "Test accuracy, %": mean_sd(group), "Paper": printed(c),
+                     "Firing rate": f"{statistics.mean(rates):.3f}",
                      "Parameters": f"{first.outcome['parameters']:,}",
                      "Minutes a run": f"{statistics.mean(r.provenance['seconds'] for r in group) / 60:.0f}",
                      "Device": first.provenance["device"]})

@@ -56,7 +56,7 @@ def test_the_core_imports_need_no_more_than_torch_torchvision_and_numpy():
 
 
 def test_imports_go_downwards():
-    order = ["neuron", "attention", "networks", "records", "data", "config", "train", "experiments", "energy", "lemaire",
+    order = ["neuron", "attention", "networks", "records", "data", "config", "distributed", "checkpoint", "train", "experiments", "energy", "lemaire",
              "tables", "plots", "canvas", "diagrams", "sliders", "items"]
     files = {path.stem: path for path in (ROOT / "staa").glob("*.py") if path.stem != "__init__"}
     assert set(files) == set(order), "a new module takes its place in this list and in the README"
