@@ -15,7 +15,7 @@ from multiprocessing import get_context
 
 import torch
 
-from . import data, records
+from . import data, records, samples
 from .config import Config, ConfigError
 from .distributed import started
 from .records import Record
@@ -31,7 +31,8 @@ PRESETS = {
 }
 
 #: What "smoke" sets by network: narrow, and no smaller image than the network can halve.
-SMOKE = {"vgg13": dict(width=1 / 8, image_size=32), "resnet19": dict(width=1 / 8), "resnet20": dict(width=1 / 4)}
+SMOKE = {"vgg13": dict(width=1 / 8, image_size=32), "resnet19": dict(width=1 / 8), "resnet20": dict(width=1 / 4),
+         "resnet18": dict(width=1 / 8, image_size=64), "resnet34": dict(width=1 / 8, image_size=64)}
 
 #: Table 1's own rows.
 TABLE1 = [("vgg13", 2), ("vgg13", 4), ("resnet19", 1), ("resnet19", 2), ("resnet19", 4),
@@ -41,6 +42,9 @@ TABLE1 = [("vgg13", 2), ("vgg13", 4), ("resnet19", 1), ("resnet19", 2), ("resnet
 #: (label, neuron_settings). The label is the one of the paper's numbers in data/paper.
 ABLATED = dict(network="resnet20", T=4, neuron="staa")
 
+#: What "smoke" sets for every ablation: half the images in small batches, so that many rows and seeds are affordable.
+SMOKE_ABLATION = dict(train_images=720, batch_size=16, epochs=2)
+
 #: Figure 2, where PE is added. Which letter is which place is our reading, and so is that the other blocks stay on:
 #: without them (c) and (e) are one neuron. "a'" is our control, (c) without its PE.
 FIGURE2 = [("a", dict(gc=False, pe=False, sa=False, beta=0.0)), ("a'", dict(pe=False)),
@@ -49,6 +53,11 @@ FIGURE2 = [("a", dict(gc=False, pe=False, sa=False, beta=0.0)), ("a'", dict(pe=F
 
 #: Section 4.3, how PE is made.
 POSITION_ENCODING = [("learned", dict(pe_kind="learned")), ("fixed", dict(pe_kind="fixed"))]
+
+#: Table 2's own rows, as ImageNet is trained: the paper gives 300 epochs, the rest is our choice.
+TABLE2 = ["resnet18", "resnet34"]
+IMAGENET = dict(T=4, image_size=224, augment="imagenet", batch_size=256, weight_decay=1e-4)
+SMOKE_IMAGENET = dict(T=4, augment="imagenet", epochs=3)
 
 #: Table 4, the blocks. With all of them off, the neuron is the plain LIF.
 TABLE4 = [("baseline", dict(gc=False, pe=False, sa=False, beta=0.0)),
@@ -63,6 +72,11 @@ FIGURE3 = [(f"{beta:g}", dict(beta=beta)) for beta in (0.0, 0.1, 0.2, 0.3, 0.4, 
 
 #: Figure 5, the scaling coefficient of GC. Which values the paper drew is lost; these are ours.
 FIGURE5 = [(str(r), dict(r=r)) for r in (1, 2, 4, 8, 16)]
+
+#: What Table 4's rows add, one block each: (row, the row without it).
+TABLE4_STEPS = {"GC": ("GC", "baseline"), "PE": ("GC + PE", "GC"), "TSRD without SA": ("GC + PE + TSRD", "GC + PE"),
+                "SA": ("GC + PE + SA", "GC + PE"), "SA with TSRD": ("GC + PE + SA + TSRD", "GC + PE + TSRD"),
+                "TSRD": ("GC + PE + SA + TSRD", "GC + PE + SA"), "all": ("GC + PE + SA + TSRD", "baseline")}
 
 #: The introduction's claims on convergence. LIF is Table 4's baseline, so that these are three of its rows.
 CONVERGENCE = [("LIF", TABLE4[0][1]), ("STAA", TABLE4[5][1]), ("STAA without TSRD", TABLE4[4][1])]
@@ -132,9 +146,20 @@ def table1(settings: Settings) -> list[Config]:
             if settings.wants(network=network, T=T, neuron=neuron)]
 
 
+def table2(settings: Settings) -> list[Config]:
+    """Table 2: ImageNet, the folder "imagenet" of images; in smoke the folder that `samples.digit_images` writes."""
+    smoke = settings.preset == "smoke"
+    item = SMOKE_IMAGENET if smoke else IMAGENET | (dict(epochs=300) if settings.preset == "paper" else {})
+    folder = settings.changes.get("dataset", "imagefolder:digits64" if smoke else "imagefolder:imagenet")
+    return [settings.config(**item, dataset=folder, network=network, neuron=neuron, seed=seed)
+            for network, neuron, seed in product(TABLE2, ["staa", "lif"], range(settings.seeds))
+            if settings.wants(network=network, neuron=neuron)]
+
+
 def ablation(settings: Settings, rows: list[tuple[str, dict]], dataset: str) -> list[Config]:
     """An ablation's runs: each row, every seed; the reader may choose another dataset, network or T for all of them."""
-    return [settings.config(**ABLATED, dataset=name, neuron_settings=row, seed=seed)
+    small = SMOKE_ABLATION if settings.preset == "smoke" else {}
+    return [settings.config(**ABLATED, **small, dataset=name, neuron_settings=row, seed=seed)
             for name, (_, row), seed in product(settings.datasets(dataset), rows, range(settings.seeds))]
 
 
@@ -178,8 +203,8 @@ def energy(settings: Settings) -> list[Config]:
 
 
 #: The items with runs, by the name of their notebook.
-ITEMS = {"table1": table1, "table4": table4, "figure2": figure2, "figure3": figure3, "figure5": figure5,
-         "position_encoding": position_encoding, "convergence": convergence, "energy": energy}
+ITEMS = {item.__name__: item for item in (table1, table2, table4, figure2, figure3, figure5, position_encoding,
+                                          convergence, energy)}
 
 
 def run_all(configs: list[Config], *, log: Callable[[str], None] = print) -> list[Record]:
@@ -193,6 +218,8 @@ def run_all(configs: list[Config], *, log: Callable[[str], None] = print) -> lis
     if started():  # one run after the other on all of torchrun's processes, which end together where one fails
         return [run(config, log=log) for config in configs]
     for dataset in dict.fromkeys(config.dataset for config in missing):
+        if dataset == "imagefolder:digits64":
+            samples.digit_images()
         data.load(dataset, train=True)  # one clear sentence now rather than one from every run
     log(bar(len(found), len(configs), "complete before" if found else ""))
     failures = []
