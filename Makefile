@@ -4,7 +4,7 @@ READY := .venv/.ready
 NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/*.ipynb)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lock refresh clean $(NOTEBOOKS)
+.PHONY: help setup all list test lock refresh clean $(NOTEBOOKS)
 
 help:            ## list the targets
 	@echo "make NAME executes notebooks/NAME.ipynb on the embedded data: $(NOTEBOOKS)"
@@ -24,6 +24,12 @@ $(READY): requirements.txt pyproject.toml
 $(NOTEBOOKS): $(READY)
 	@mkdir -p runs
 	$(BIN)/papermill --cwd notebooks --log-output --no-progress-bar notebooks/$@.ipynb runs/$@.ipynb $(ARGS)
+
+all: $(READY)    ## every table and figure on the embedded data, and figures/index.html with all of them
+	$(BIN)/python -m staa.page
+
+list: $(READY)   ## each notebook, its cost, and how many of its runs have a record
+	@$(BIN)/python -m staa.page list
 
 test: $(READY)   ## the test suite, and nbval over every notebook
 	$(BIN)/python -m pytest

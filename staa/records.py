@@ -8,7 +8,10 @@
 import hashlib
 import json
 import os
+import platform
+import subprocess
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +80,30 @@ def find(config, runs: Path | None = None) -> Record | None:
 def vouched() -> list[Record]:
     """Every record in data/records."""
     return [Record.load(path) for path in sorted(folder("records").glob("*.json"))]
+
+
+def provenance(device, seconds: list[float], code: str, processes: int) -> dict:
+    """Where and how a run was made: what may differ between two runs of the same config."""
+    import torch
+    import torchvision
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    return {"seconds": round(sum(seconds), 3), "seconds_per_epoch": seconds, "device": name, "processes": processes,
+            "commit": code,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "software": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": torchvision.__version__}}
+
+
+def commit() -> str:
+    """The project's git commit, with "+" where files differ from it; empty outside a checkout."""
+    def git(*words):
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+    try:
+        head = git("rev-parse", "HEAD")
+        return head + ("+" if head and git("status", "--porcelain", "--untracked-files=no") else "")
+    except OSError:
+        return ""
 
 
 def write(path: Path, content: bytes):

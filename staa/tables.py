@@ -1,20 +1,22 @@
 """Records in, table out: the paper's numbers, the recorded ones and this run's side by side."""
 
+import html
 import statistics
 from collections import defaultdict
 
 import pandas as pd
 
-from . import lemaire, records
+from . import lemaire, records, stats
 from .config import Config, ConfigError
 from .energy import ELEMENTWISE, Measurement
-from .experiments import ABLATED, FIGURE2, POSITION_ENCODING, TABLE1, Settings
+from .experiments import ABLATED, FIGURE2, POSITION_ENCODING, TABLE1, TABLE4, Settings
 from .records import Record
 
 LOST = "not in our source"
 ARCHITECTURES = {"vgg13": "VGG-13", "resnet19": "ResNet-19", "resnet20": "ResNet-20", "resnet18": "ResNet-18",
                  "resnet34": "ResNet-34"}
 LABELS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+NAMES = LABELS | {"imagefolder:imagenet": "ImageNet"}
 
 
 def paper(name: str) -> pd.DataFrame:
@@ -55,20 +57,37 @@ def table1(settings: Settings, runs: list[Record]) -> pd.DataFrame:
 
 
 def ablation(rows: list[tuple[str, dict]], paper: dict[str, str], dataset: str, runs: list[Record]) -> pd.DataFrame:
-    """An ablation's rows, (label, neuron_settings): the paper's numbers by label, the project's records on the paper's
-    dataset, network and T, and the runs of this notebook with their number of parameters."""
+    """An ablation's rows, (label, neuron_settings): the paper's numbers by label, the project's records of its network
+    and T, a column for each way they were trained, and the runs of this notebook with their number of parameters."""
     configs = [run.config for run in runs]
+    setups = vouched_setups(rows) or {LABELS[dataset]: []}
     heads = dict.fromkeys(f"{c['dataset']}, {ARCHITECTURES[c['network']]}, T = {c['T']}" for c in configs)
     lines = []
     for label, settings in rows:
         own = select(runs, neuron_settings=settings)
         lines.append({"Row": label,
                       "Neuron settings": ", ".join(f"{name} = {value}" for name, value in settings.items()),
-                      f"Paper: {LABELS[dataset]}": paper.get(label, LOST),
-                      f"Recorded: {LABELS[dataset]}": recorded(**ABLATED, dataset=dataset, neuron_settings=settings)}
+                      f"Paper: {LABELS[dataset]}": paper.get(label, LOST)}
+                     | {f"Recorded: {name}": mean_sd(select(found, neuron_settings=settings)) if found else "no record"
+                        for name, found in setups.items()}
                      | {f"This run: {head}": mean_sd(own) for head in heads}
                      | {"Parameters": f"{own[0].outcome['parameters']:,}" if own else "not run"})
     return pd.DataFrame(lines)
+
+
+def vouched_setups(rows: list[tuple[str, dict]]) -> dict[str, list[Record]]:
+    """The project's records of an ablation's rows by what they share: dataset and training in words, widest first."""
+    groups, vouched = defaultdict(list), records.vouched()
+    for _, settings in rows:
+        for record in select(vouched, **ABLATED, neuron_settings=settings):
+            setting = Config.from_dict(record.config).but(seed=0, neuron_settings={})
+            groups[setting.width, record.outcome["train_images"], setting.epochs, setting.hash].append(record)
+    found = {}
+    for key in sorted(groups, reverse=True):
+        first = groups[key][0]
+        name = f"{NAMES.get(first.config['dataset'], first.config['dataset'])}, {training(first)}"
+        found[name if name not in found else f"{name}, {key[-1]}"] = groups[key]
+    return found
 
 
 def paper_section(item: str) -> dict[str, str]:
@@ -87,31 +106,6 @@ def position_encoding(runs: list[Record]) -> pd.DataFrame:
     return ablation(POSITION_ENCODING, paper_section("pe_kind"), "cifar10", runs)
 
 
-def differences(runs: list[Record]) -> str:
-    """One sentence on whether the rows of an ablation differ by more than chance, from the spread over seeds.
-
-    The yardstick is Tukey's honest significant difference at 5 %: q(rows, rows (n - 1)) s / sqrt(n), where s is the
-    standard deviation over n seeds within a row, pooled over the rows, and q the studentized range.
-    """
-    from scipy.stats import studentized_range
-
-    groups = defaultdict(list)
-    for run in runs:
-        groups[str(sorted(run.config["neuron_settings"].items()))].append(run.accuracy)
-    k, n = len(groups), min(map(len, groups.values()), default=0)
-    if k < 2:
-        return "Fewer than two rows were run: there is nothing to compare."
-    if n < 2:
-        return "One seed: the differences between the rows say nothing."
-    means = [statistics.mean(group) for group in groups.values()]
-    span = max(means) - min(means)
-    pooled = statistics.mean(statistics.variance(group) for group in groups.values()) ** 0.5
-    limit = float(studentized_range.ppf(0.95, k, k * (n - 1))) * (pooled / n ** 0.5)
-    verdict = "within chance" if span <= limit else "beyond chance"
-    return (f"The rows' means span {span:.2f} points, and over {n} seeds anything up to {limit:.2f} is within chance "
-            f"(Tukey, 5 %): the largest difference is {verdict}.")
-
-
 def select(found: list[Record], **settings) -> list[Record]:
     """The records whose config has these settings; neuron_settings may leave out what has the neuron's default."""
     if "neuron_settings" in settings:
@@ -122,12 +116,7 @@ def select(found: list[Record], **settings) -> list[Record]:
 
 def mean_sd(found: list[Record]) -> str:
     """Mean test accuracy in percent; with several seeds the standard deviation and their number."""
-    if not found:
-        return "not run"
-    accuracy = [r.accuracy for r in found]
-    if len(accuracy) == 1:
-        return f"{accuracy[0]:.2f}"
-    return f"{statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f} (n={len(accuracy)})"
+    return stats.mean_sd([record.accuracy for record in found])
 
 
 def recorded(*, neuron_settings: dict | None = None, **settings) -> str:
@@ -155,6 +144,13 @@ def whole(neuron: str, T: int, settings: dict) -> dict | None:
         return None
 
 
+def own_settings(config: dict) -> str:
+    """What differs from the neuron's defaults, as "STAA, gc = False"."""
+    default = whole(config["neuron"], config["T"], {})
+    others = [f"{k} = {v}" for k, v in config["neuron_settings"].items() if v != default[k]]
+    return ", ".join([config["neuron"].upper(), *others])
+
+
 def training(record: Record) -> str:
     """What was trained, in a few words."""
     c = record.config
@@ -170,13 +166,30 @@ def results() -> pd.DataFrame:
     for group in groups.values():
         c, first = group[0].config, group[0]
         rates = [statistics.mean(r.outcome["firing_rates"].values()) for r in group]
-        rows.append({"Dataset": LABELS.get(c["dataset"], c["dataset"]), "Network": ARCHITECTURES[c["network"]],
-                     "T": c["T"], "Neuron": c["neuron"].upper(), "Training": f"{training(first)}, lr {c['lr']:g}",
-                     "Test accuracy, %": mean_sd(group), "Firing rate": f"{statistics.mean(rates):.3f}",
+        rows.append({"Dataset": NAMES.get(c["dataset"], c["dataset"]),
+                     "Network": ARCHITECTURES[c["network"]], "T": c["T"],
+                     "Neuron": own_settings(c),
+                     "Training": f"{training(first)}, lr {c['lr']:g}, augmentation {c['augment']}",
+                     "Test accuracy, %": mean_sd(group), "Paper": printed(c),
+                     "Firing rate": f"{statistics.mean(rates):.3f}",
                      "Parameters": f"{first.outcome['parameters']:,}",
                      "Minutes a run": f"{statistics.mean(r.provenance['seconds'] for r in group) / 60:.0f}",
                      "Device": first.provenance["device"]})
     return pd.DataFrame(rows)
+
+
+def printed(config: dict) -> str:
+    """The paper's accuracy, trained its own way, for this network, T and neuron: a row of Table 4, or of Table 1."""
+    if all(config[name] == value for name, value in ABLATED.items()):
+        for (_, row), line in zip(TABLE4, paper("table4").itertuples()):
+            if config["neuron_settings"] == whole("staa", config["T"], row):
+                return f"{line.accuracy} on {LABELS[line.dataset]} (Table 4)"
+    if config["dataset"] in LABELS and own_settings(config) == "STAA":
+        rows = paper_table1()
+        rows = rows[(rows.Method == "STAA-SNN") & (rows.Architecture == ARCHITECTURES[config["network"]])
+                    & (rows["T"] == str(config["T"]))]
+        return f"{rows.iloc[0]['Paper: ' + LABELS[config['dataset']]]} (Table 1)" if len(rows) else "none"
+    return "none"
 
 
 def energy(found: dict[str, Measurement]) -> pd.DataFrame:
@@ -211,20 +224,23 @@ def header(settings: Settings, runs: list[Record]) -> str:
         return "Nothing was run."
     datasets = dict.fromkeys(record.config["dataset"] for record in runs)
     widths = sorted({record.config["width"] for record in runs})
-    text = (f"This run: preset {settings.preset}, dataset {', '.join(datasets)}, {runs[0].config['epochs']} epochs, "
-            f"width {', '.join(f'{width:g}' for width in widths)}, "
+    part = f"{runs[0].config['train_images']:,} training images, " if runs[0].config["train_images"] else ""
+    text = (f"This run: preset {settings.preset}, dataset {', '.join(datasets)}, {part}"
+            f"{runs[0].config['epochs']} epochs, width {', '.join(f'{width:g}' for width in widths)}, "
             f"{settings.seeds} seed{'s' * (settings.seeds > 1)}; test accuracy of the last epoch in percent.")
-    if "digits" in datasets:
-        text += " These are 8 x 8 handwritten digits, not CIFAR: the numbers show that everything works, nothing more."
+    if {"digits", "imagefolder:digits64"} & datasets.keys():
+        text += (" These are 8 x 8 handwritten digits, not the paper's data: the numbers show that everything works, "
+                 "nothing more.")
     elif settings.preset != "paper" or settings.changes:
         text += " This is not the paper's setting: the numbers are no reproduction of it."
     return text
 
 
 def save(table: pd.DataFrame, name: str, note: str):
-    """figures/NAME.md, .csv and .tex, each whole or not at all."""
+    """figures/NAME.md, .csv, .tex and .html (a fragment for `staa.page`), each whole or not at all."""
     texts = {"md": f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{note}\n",
              "csv": table.to_csv(index=False),
+             "html": f"{table.to_html(index=False, border=0)}\n<p>{html.escape(note)}</p>\n",
              "tex": table.to_latex(index=False, escape=True, caption=note.replace("%", r"\%"), label=f"tab:{name}")}
     for ending, text in texts.items():
         records.write(records.folder("figures") / f"{name}.{ending}", text.encode())

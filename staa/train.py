@@ -2,29 +2,28 @@
 continues it where it was interrupted, else trains. It depends on nothing but the config and the data.
 
     python -m staa.train network=resnet20 neuron=lif epochs=2 neuron_settings='{"decay": 0.5}'
+
+Under torchrun the processes train one run together, see `staa.distributed`.
 """
 
-import io
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-import torchvision
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import data, records
+from .checkpoint import read, resume, save, undamaged
 from .config import Config, ConfigError
+from .distributed import ALONE, PeerError, Peers, Statistics, join
 from .networks import build, firing_rates
 from .records import Record
 
@@ -42,11 +41,19 @@ def run(config: Config, *, device: str | None = None, data_root: Path | None = N
     The run lives in runs/NAME: checkpoint.pt after every epoch, at the end record.json and weights.pt. Where another
     process trains the same run, this one waits and reads. Raises DataError, RecordError or TrainingError, one sentence.
     """
-    if record := records.find(config):
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    peers = join(device)
+    if record := peers.first(lambda: records.find(config)):
         return record
     place = records.folder("runs") / config.name
-    with locked(place, lambda: log(f"{config}: another process trains this run, waiting for its record")):
-        return records.find(config) or _train(config, place, device, data_root, workers, log)
+    lock = locked(place, lambda: log(f"{config}: another process trains this run, waiting for its record"))
+    with ExitStack() as held:
+        peers.first(lambda: held.enter_context(lock))
+        done = peers.first(lambda: records.find(config))
+        return done or _train(config, place, device, data_root, workers, log, peers)
 
 
 @contextmanager
@@ -81,76 +88,113 @@ def own_state(config: Config, device: torch.device):
         torch.set_num_threads(before)
 
 
-def _train(config: Config, place: Path, device, data_root, workers, log) -> Record:
-    code = commit()  # of the code that is loaded now: the checkout may move on while this runs
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def _train(config: Config, place: Path, device, data_root, workers, log, peers: Peers) -> Record:
+    code = records.commit()  # of the code that is loaded now: the checkout may move on while this runs
+    if peers.size > 1:
+        peers.first(lambda: data.load(config.dataset, True, data_root) is not None)  # what is downloaded is so once
     train_set, tests = data.load(config.dataset, True, data_root), evaluation_set(config, data_root)
     test_set = tests.dataset
     indices = data.subset(train_set.targets, config.train_images) if config.train_images else range(len(train_set))
+    if peers.size > 1 and not config.microbatch and ((len(indices) - 1) % config.batch_size) + 1 < peers.size:
+        raise TrainingError(f"the last batch of {config} has fewer images than there are processes ({peers.size}); "
+                            "choose another batch_size or train_images.")
     if workers is None:
         workers = 0 if config.dataset == "digits" else min(os.cpu_count() or 1, 8)
     with own_state(config, device):
         torch.manual_seed(data.mix(config.seed))
         network = new_network(config, len(train_set.classes))
         network.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+        if not config.microbatch:
+            network = peers.synchronise(network, device)
         optimizer = torch.optim.SGD(network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-        epochs, seconds = resume(place / "checkpoint.pt", network, optimizer)
+        epochs, seconds = resume(place / "checkpoint.pt", network, optimizer, peers)
         augment = data.transform(config.dataset, config.image_size, config.augment)
         for epoch in range(len(epochs), config.epochs):
             start = time.perf_counter()
             torch.manual_seed(data.mix(config.seed, epoch + 1))  # an epoch's randomness needs no saved state
             view = data.View(train_set, indices, augment, config.seed, epoch)
             loader = data.batches(view, config.batch_size, shuffle=True, workers=workers)
-            loss, accuracy = train_epoch(network, optimizer, loader, config, epoch, device)
+            loader = peers.share(loader, config.microbatch)
+            loss, accuracy = train_epoch(network, optimizer, loader, config, epoch, device, peers)
             loader = data.batches(tests, config.batch_size, shuffle=False, workers=workers)
-            test_loss, test_accuracy, rates = evaluate(network, loader, config, device)
+            test_loss, test_accuracy, rates = evaluate(network, peers.share(loader), config, device, peers)
             if not math.isfinite(test_loss):
                 raise TrainingError(f"the test loss of {config} is no longer finite in epoch {epoch + 1}; "
                                     f"{advice(config, epoch)}.")
             epochs.append({"train_loss": loss, "train_accuracy": accuracy, "test_loss": test_loss,
                            "test_accuracy": test_accuracy})
             seconds.append(round(time.perf_counter() - start, 3))
-            save(place / "checkpoint.pt", {"network": network.state_dict(), "optimizer": optimizer.state_dict(),
-                                           "epochs": epochs, "seconds": seconds, "firing_rates": rates})
-            log(f"{config}: epoch {epoch + 1}/{config.epochs}  loss {loss:.3f}  train {accuracy:5.2f} %  "
-                f"test {test_accuracy:5.2f} %  {seconds[-1]:.1f} s")
-    state = torch.load(place / "checkpoint.pt", map_location="cpu", weights_only=True)
-    outcome = {"epochs": epochs, "test_accuracy": epochs[-1]["test_accuracy"], "firing_rates": state["firing_rates"],
-               "parameters": sum(p.numel() for p in network.parameters()),
-               "classes": len(train_set.classes), "train_images": len(indices), "test_images": len(test_set),
-               "fingerprint": {"train": data.fingerprint(train_set), "test": data.fingerprint(test_set)}}
-    record = Record(json.loads(config.json), outcome, provenance(device, seconds, code))
-    save(place / "weights.pt", state["network"])
-    record.save(place / "record.json")
-    (place / "checkpoint.pt").unlink(missing_ok=True)
-    return Record.load(place / "record.json")  # what any later reader gets, the order of its entries included
+            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epochs,
+                     "seconds": seconds, "firing_rates": rates}
+            peers.first(lambda: save(place / "checkpoint.pt", state))
+            if peers.rank == 0:
+                log(f"{config}: epoch {epoch + 1}/{config.epochs}  loss {loss:.3f}  train {accuracy:5.2f} %  "
+                    f"test {test_accuracy:5.2f} %  {seconds[-1]:.1f} s")
+
+    def finish() -> Record:
+        state = torch.load(place / "checkpoint.pt", map_location="cpu", weights_only=True)
+        outcome = {"epochs": epochs, "test_accuracy": epochs[-1]["test_accuracy"],
+                   "firing_rates": state["firing_rates"], "parameters": sum(p.numel() for p in network.parameters()),
+                   "classes": len(train_set.classes), "train_images": len(indices), "test_images": len(test_set),
+                   "fingerprint": {"train": data.fingerprint(train_set), "test": data.fingerprint(test_set)}}
+        record = Record(json.loads(config.json), outcome, records.provenance(device, seconds, code, peers.size))
+        save(place / "weights.pt", state["network"])
+        record.save(place / "record.json")
+        (place / "checkpoint.pt").unlink(missing_ok=True)
+        return Record.load(place / "record.json")  # what any later reader gets, the order of its entries included
+
+    return peers.first(finish)
 
 
-def train_epoch(network, optimizer, loader, config: Config, epoch: int, device) -> tuple[float, float]:
+def train_epoch(network, optimizer, loader, config: Config, epoch: int, device, peers=ALONE) -> tuple[float, float]:
     """One pass of SGD; mean loss and accuracy in percent over the images as they were seen."""
     network.train()
-    losses, correct, images = [], torch.zeros((), dtype=torch.int64, device=device), 0
+    losses, counts = [], torch.zeros(2, dtype=torch.int64, device=device)  # correct, images
     for step, (x, y) in enumerate(loader):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, epoch + step / len(loader))
-        x, y = to(x, device, config), y.to(device, non_blocking=True)
-        with autocast(device, config):
-            logits = network(x)
-        loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
         optimizer.zero_grad()
-        loss.backward()
+        whole = len(y) if peers.size == 1 else min(config.batch_size, len(loader.dataset) - step * config.batch_size)
+        losses.append(gradient(network, x, y, config, (epoch, step), whole, device, peers, counts))
+        peers.sum_gradients(network)
         if config.clip_norm:
             nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
         optimizer.step()
-        losses.append(loss.detach() * len(y))
-        correct += (logits.argmax(1) == y).sum()
-        images += len(y)
-    losses = torch.stack(losses).double()  # the one place where the host waits for a GPU
+    losses = peers.sum(torch.stack(losses).double())  # the one place where the host waits for a GPU
+    correct, images = peers.sum(counts).tolist()
     if not losses.isfinite().all():
         step = int((~losses.isfinite()).nonzero()[0])
         raise TrainingError(f"the loss of {config} is no longer finite in epoch {epoch + 1}, step {step + 1}; "
                             f"{advice(config, epoch)}.")
-    return float(losses.sum()) / images, 100 * int(correct) / images
+    return float(losses.sum()) / images, 100 * correct / images
+
+
+def gradient(network, x, y, config: Config, moment: tuple[int, int], whole: int, device, peers, counts) -> Tensor:
+    """Leave in the network the gradient that these images add to the mean loss over the `whole` batch; the sum of
+    their losses. moment: epoch and step. counts: correct and seen images, added to in place."""
+    total = torch.zeros((), device=device)
+    if x is None:
+        parts = []
+    elif config.microbatch:
+        parts = list(zip(x.split(config.microbatch), y.split(config.microbatch)))
+    else:
+        parts = [(x, y)]
+    statistics = Statistics(network) if config.microbatch else None
+    for k, (x, y) in enumerate(parts):
+        if statistics:  # TSRD's draws are the microbatch's, whichever process draws them
+            torch.manual_seed(data.mix(config.seed, *(m + 1 for m in moment), peers.rank + k * peers.size))
+        x, y = to(x, device, config), y.to(device, non_blocking=True)
+        with autocast(device, config):
+            logits = network(x)
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
+        (loss * (len(y) / whole)).backward()
+        if statistics:
+            statistics.add()
+        total += loss.detach() * len(y)
+        counts += torch.stack([(logits.argmax(1) == y).sum(), torch.tensor(len(y), device=device)])
+    if statistics:
+        statistics.settle(peers)
+    return total
 
 
 def advice(config: Config, epoch: int) -> str:
@@ -160,20 +204,24 @@ def advice(config: Config, epoch: int) -> str:
 
 
 @torch.no_grad()
-def evaluate(network, loader, config: Config, device) -> tuple[float, float, dict[str, float]]:
+def evaluate(network, loader, config: Config, device, peers=ALONE) -> tuple[float, float, dict[str, float]]:
     """Mean loss, accuracy in percent and firing rates by layer over a test set."""
     network.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    correct, images = torch.zeros((), dtype=torch.int64, device=device), 0
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images
     with firing_rates(network) as rates:
         for x, y in loader:
+            if x is None:
+                continue
             x, y = to(x, device, config), y.to(device, non_blocking=True)
             with autocast(device, config):
                 logits = network(x)
-            loss += F.cross_entropy(logits.float(), y, reduction="sum")
-            correct += (logits.argmax(1) == y).sum()
-            images += len(y)
-    return float(loss) / images, 100 * int(correct) / images, rates()
+            sums[0] += F.cross_entropy(logits.float(), y, reduction="sum")
+            sums[1] += (logits.argmax(1) == y).sum()
+            sums[2] += len(y)
+    loss, correct, images = peers.sum(sums).tolist()
+    spikes = [[float(rates.spikes[name].sum()), rates.count[name]] for name in rates.layers]
+    spikes = peers.sum(torch.tensor(spikes, dtype=torch.float64, device=device).reshape(-1, 2)).tolist()
+    return loss / images, 100 * correct / images, {n: s / max(count, 1) for n, (s, count) in zip(rates.layers, spikes)}
 
 
 def to(x: Tensor, device, config: Config) -> Tensor:
@@ -189,25 +237,6 @@ def learning_rate(config: Config, progress: float) -> float:
     """After `progress` epochs: linear warm-up over warmup_epochs, times a cosine from lr down to 0."""
     warmup = min((progress + 1 / 2) / config.warmup_epochs, 1.0) if config.warmup_epochs else 1.0
     return warmup * config.lr * (1 + math.cos(math.pi * progress / config.epochs)) / 2
-
-
-def save(path: Path, state: dict):
-    """Tensors and plain values to a file, whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    records.write(path, buffer.getvalue())
-
-
-def resume(path: Path, network, optimizer) -> tuple[list, list]:
-    """Load a checkpoint into network and optimizer; the epochs and the seconds so far. Nothing is unpickled but tensors
-    and plain values. Raises RecordError where the file is damaged."""
-    if not path.is_file():
-        return [], []
-    with undamaged("checkpoint", path, "delete it, and the run starts again from its first epoch"):
-        state = read(path)
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        return state["epochs"], state["seconds"]
 
 
 def trained(record: Record) -> torch.nn.Module:
@@ -238,46 +267,8 @@ def evaluation_set(config: Config, data_root: Path | None = None) -> data.View:
     return data.View(tests, range(len(tests)), data.transform(config.dataset, config.image_size))
 
 
-def read(path: Path) -> dict:
-    """What `save` wrote; nothing is unpickled but tensors and plain values."""
-    with zipfile.ZipFile(path) as archive:  # torch does not check the checksums itself
-        if archive.testzip():
-            raise ValueError("its checksum is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-@contextmanager
-def undamaged(what: str, path: Path, advice: str):
-    """Turn any failure to read a file into one sentence."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise records.RecordError(f"the {what} {path} is damaged ({reason}); {advice}.") from None
-
-
-def provenance(device, seconds: list[float], code: str) -> dict:
-    """Where and how a run was made: what may differ between two runs of the same config."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    return {"seconds": round(sum(seconds), 3), "seconds_per_epoch": seconds, "device": name, "commit": code,
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "software": {"python": platform.python_version(), "torch": torch.__version__,
-                         "torchvision": torchvision.__version__}}
-
-
-def commit() -> str:
-    """The project's git commit, with "+" where files differ from it; empty outside a checkout."""
-    def git(*words):
-        return subprocess.run(["git", "-C", str(records.ROOT), *words], capture_output=True, text=True).stdout.strip()
-    try:
-        head = git("rev-parse", "HEAD")
-        return head + ("+" if head and git("status", "--porcelain", "--untracked-files=no") else "")
-    except OSError:
-        return ""
-
-
-def main(words: list[str]):
-    """Settings as name=value, the value in JSON or plain text."""
+def words_to_settings(words: list[str]) -> dict:
+    """Settings written as name=value, the value in JSON or plain text."""
     settings = {}
     for word in words:
         name, equals, value = word.partition("=")
@@ -287,13 +278,18 @@ def main(words: list[str]):
             settings[name] = json.loads(value)
         except ValueError:
             settings[name] = value
-    config = Config.from_dict(settings)
+    return settings
+
+
+def main(words: list[str]):
+    config = Config.from_dict(words_to_settings(words))
     record = run(config)
-    print(f"{config.name}: {record.accuracy:.2f} % on the test set after {config.epochs} epochs")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{config.name}: {record.accuracy:.2f} % on the test set after {config.epochs} epochs")
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ConfigError, TrainingError, data.DataError, records.RecordError) as error:
+    except (ConfigError, TrainingError, PeerError, data.DataError, records.RecordError) as error:
         sys.exit(f"staa: {error}")

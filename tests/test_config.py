@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import subprocess
@@ -6,7 +7,7 @@ import sys
 import pytest
 
 from staa import NEURONS, Config
-from staa.config import ConfigError, settings_of
+from staa.config import LATER, ConfigError, settings_of
 
 
 @pytest.mark.parametrize("settings, words", [
@@ -50,11 +51,20 @@ def test_the_same_run_has_the_same_hash_however_it_is_written():
 
 def test_every_setting_changes_the_hash():
     others = dict(dataset="cifar10", image_size=16, train_images=10, augment="standard", network="vgg13", width=0.5,
-                  neuron="lif", neuron_settings={"beta": 0.2}, T=2, epochs=2, batch_size=1, lr=0.2, momentum=0.5,
+                  neuron="lif", neuron_settings={"beta": 0.2}, T=2, epochs=2, batch_size=1, microbatch=1, lr=0.2, momentum=0.5,
                   weight_decay=0.0, warmup_epochs=1, label_smoothing=0.1, clip_norm=1.0, seed=1, precision="bf16",
                   channels_last=False, threads=2)
     hashes = {Config().but(**{name: value}).hash for name, value in others.items()}
     assert set(others) == set(json.loads(Config().json)) and len(hashes | {Config().hash}) == len(others) + 1
+
+
+def test_a_setting_that_came_later_leaves_older_runs_their_name():
+    old = json.loads(Config(T=2).json)
+    for name, value in LATER.items():
+        assert old.pop(name) == value
+    text = json.dumps(old, sort_keys=True, separators=(",", ":"))
+    assert Config(T=2).hash == hashlib.sha256(text.encode()).hexdigest()[:12]
+    assert Config.from_dict(old) == Config(T=2)
 
 
 def test_the_hash_is_the_same_in_every_process():

@@ -3,8 +3,9 @@ import torch
 
 from staa import NEURONS, Config, experiments, records
 from staa.config import ConfigError
-from staa.experiments import (FIGURE2, POSITION_ENCODING, PRESETS, SMOKE, TABLE1, assigned, figure2, position_encoding,
-                              run_all, settings, table1)
+from staa.experiments import (FIGURE2, FIGURE3, FIGURE5, POSITION_ENCODING, PRESETS, SMOKE, TABLE1, TABLE4,
+                              TABLE4_STEPS, assigned, convergence, figure2, figure3, figure5, position_encoding,
+                              run_all, settings, table1, table2, table4)
 
 CELL = "# Parameters\npreset = 'smoke'\nseeds = 1\ndataset = None\nnetwork = None\nneuron = None\nT = None\nlr = None"
 
@@ -32,7 +33,8 @@ def test_real_presets_are_the_real_networks_on_both_datasets(preset, epochs):
     assert {(c.width, c.epochs, c.batch_size, c.lr, c.augment) for c in configs} == {(1.0, epochs, 128, 0.1, "autoaugment")}
 
 
-@pytest.mark.parametrize("item, rows", [(figure2, FIGURE2), (position_encoding, POSITION_ENCODING)])
+@pytest.mark.parametrize("item, rows", [(figure2, FIGURE2), (position_encoding, POSITION_ENCODING),
+                                        (figure3, FIGURE3), (figure5, FIGURE5)])
 def test_an_ablation_is_its_rows_and_every_seed_and_changes_nothing_else(item, rows):
     configs = item(settings(notebook(preset="paper", seeds=2)))
     assert len(configs) == len(set(configs)) == 2 * len(rows)
@@ -46,10 +48,37 @@ def test_an_ablation_is_its_rows_and_every_seed_and_changes_nothing_else(item, r
 
 def test_the_papers_choice_is_one_run_for_every_item_that_has_it():
     for preset in PRESETS:
-        asked = settings(notebook(preset=preset))
-        for item in (figure2, position_encoding):
-            (shared,) = set(item(asked)) & set(table1(asked))
-            assert (shared.network, shared.T, shared.neuron) == ("resnet20", 4, "staa")
+        asked = settings(notebook(preset=preset, dataset="digits"))
+        items = [item(asked) for item in (position_encoding, figure2, figure3, figure5, table4, convergence)]
+        if preset != "smoke":  # there the ablations are smaller than Table 1
+            items.append(table1(asked))
+        (shared,) = set.intersection(*map(set, items))
+        assert (shared.network, shared.T, shared.neuron) == ("resnet20", 4, "staa")
+        assert shared.neuron_settings == Config().neuron_settings
+
+
+def test_smoke_ablations_are_one_training_and_share_what_they_can():
+    asked = settings(notebook())
+    found = [item(asked) for item in (position_encoding, figure2, figure3, figure5, table4, convergence)]
+    assert len({c.but(neuron_settings={}) for configs in found for c in configs}) == 1
+    assert set(convergence(asked)) <= set(table4(asked))
+    assert len(set().union(*found)) == 6 + 9 + 4 + 4 + 1 and sum(map(len, found)) == 2 + 6 + 11 + 5 + 6 + 3
+
+
+def test_table_2_is_imagenet_with_two_networks():
+    configs = table2(settings(notebook(preset="paper")))
+    assert [(c.network, c.neuron) for c in configs] == [(n, k) for n in ("resnet18", "resnet34") for k in ("staa", "lif")]
+    assert {(c.dataset, c.T, c.image_size, c.augment, c.epochs, c.width) for c in configs} == {
+        ("imagefolder:imagenet", 4, 224, "imagenet", 300, 1.0)}
+    smoke = table2(settings(notebook(network="resnet18", neuron="staa")))
+    assert [(c.dataset, c.image_size) for c in smoke] == [("imagefolder:digits64", 64)]
+
+
+def test_every_step_of_table_4_adds_one_block():
+    rows = dict(TABLE4)
+    for name, (after, before) in TABLE4_STEPS.items():
+        changed = [k for k in rows[after] if rows[after][k] != rows[before][k]]
+        assert len(changed) == (4 if name == "all" else 1)
 
 
 def test_figure_2_differs_in_the_place_of_pe_only():

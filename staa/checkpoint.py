@@ -1,0 +1,48 @@
+"""Weights and the state of a run as files: written whole, checked when read; only tensors and values are unpickled."""
+
+import io
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from . import records
+from .distributed import ALONE, Peers
+
+
+def save(path: Path, state: dict):
+    """Tensors and plain values to a file, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    records.write(path, buffer.getvalue())
+
+
+def read(path: Path) -> dict:
+    """What `save` wrote; nothing is unpickled but tensors and plain values."""
+    with zipfile.ZipFile(path) as archive:  # torch does not check the checksums itself
+        if archive.testzip():
+            raise ValueError("its checksum is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def resume(path: Path, network, optimizer, peers: Peers = ALONE) -> tuple[list, list]:
+    """Load a checkpoint, which process 0 reads, into network and optimizer; the epochs and the seconds so far. Raises
+    RecordError where the file is damaged."""
+    with undamaged("checkpoint", path, "delete it, and the run starts again from its first epoch"):
+        state = peers.first(lambda: read(path) if path.is_file() else None)
+        if state is None:
+            return [], []
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["epochs"], state["seconds"]
+
+
+@contextmanager
+def undamaged(what: str, path: Path, advice: str):
+    """Turn any failure to read a file into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise records.RecordError(f"the {what} {path} is damaged ({reason}); {advice}.") from None

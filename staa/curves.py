@@ -1,0 +1,74 @@
+"""Figures 3 and 5 and convergence: accuracy over a setting, and loss and accuracy over epochs."""
+
+import statistics
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from .experiments import CONVERGENCE
+from .plots import COLORS, COLUMN, PAGE
+from .records import Record
+from .studies import curve, groups, multiply_adds
+
+#: Lines by order: this run, then each recorded training; they differ in lightness and in their markers.
+SERIES = [(COLORS["staa"], "s-"), (COLORS["lif"], "o--"), (COLORS["fsta"], "^-."), (COLORS["statten"], "d:")]
+Series = dict[str, dict[str, list[Record]]]
+
+
+def over_setting(axes, series: Series):
+    """Mean accuracy by the number that labels a row; bars are standard deviations over seeds."""
+    for (name, rows), (color, line) in zip(series.items(), SERIES):
+        values = [[r.accuracy for r in found] for found in rows.values()]
+        spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
+        axes.errorbar([float(label) for label in rows], [statistics.mean(v) for v in values], spread, fmt=line, ms=3.5,
+                      color=color, capsize=2, label=name)
+    axes.set_ylabel("test accuracy, %")
+
+
+def figure3(series: Series) -> Figure:
+    """Accuracy over the probability of TSRD, with what the paper's text says of it."""
+    figure, axes = plt.subplots(figsize=(COLUMN, 2.5))
+    axes.axvspan(0, 0.3, color="0.92", lw=0, label="below 0.3: best in the paper")
+    axes.axvline(0.1, color=COLORS["ann"], lw=0.8, ls=":", label="0.1: the paper's choice")
+    over_setting(axes, series)
+    axes.set(xlabel="probability of TSRD", xlim=(-0.03, 1.03), xticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
+    figure.legend(loc="outside upper center", ncols=1 if len(series) > 1 else 2)
+    return figure
+
+
+def figure5(series: Series) -> Figure:
+    """Accuracy over r; on the second axis what r costs in parameters and multiply-adds, against r = 4."""
+    figure, axes = plt.subplots(figsize=(COLUMN, 2.7))
+    axes.axvline(4, color=COLORS["ann"], lw=0.8, ls=":", label="4: the paper's choice")
+    over_setting(axes, series)
+    rows = series["this run"]
+    cost = axes.twinx()
+    cost.spines["right"].set_visible(True)
+    for label, line, number in (("parameters", "v-", lambda r: r.outcome["parameters"]),
+                                ("multiply-adds", "x--", multiply_adds)):
+        counted = {float(r): number(found[0]) for r, found in rows.items()}
+        cost.plot(list(counted), [100 * n / counted.get(4.0, max(counted.values())) - 100 for n in counted.values()],
+                  line, ms=3.5, lw=0.9, color=COLORS["threshold"], label=f"{label} (right)")
+    cost.set_ylabel("cost against r = 4, %")
+    axes.set(xlabel="scaling coefficient r of GC", xscale="log")
+    axes.set_xticks(ticks := [1, 2, 4, 8, 16], ticks)
+    axes.minorticks_off()
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+def convergence(runs: list[Record]) -> Figure:
+    """Training loss and test accuracy by epoch; bands are standard deviations over seeds."""
+    figure, panels = plt.subplots(1, 2, figsize=(PAGE, 2.4))
+    styles = [(COLORS["lif"], "o-"), (COLORS["staa"], "s--"), (COLORS["fsta"], "^-.")]
+    for axes, quantity, label in zip(panels, ("train_loss", "test_accuracy"), ("training loss", "test accuracy, %")):
+        for (name, found), (color, line) in zip(groups(CONVERGENCE, runs).items(), styles):
+            mean, spread = zip(*curve(found, quantity))
+            epochs = range(1, len(mean) + 1)
+            axes.plot(epochs, mean, line, ms=3.5, markevery=max(len(mean) // 8, 1), color=color, label=name)
+            axes.fill_between(epochs, [m - s for m, s in zip(mean, spread)], [m + s for m, s in zip(mean, spread)],
+                              color=color, alpha=0.15, lw=0)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure

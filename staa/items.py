@@ -1,0 +1,50 @@
+"""The items of the paper from the command line.
+
+    python -m staa.items train table4 preset=cut seeds=3    # every run of the grid into runs/, what is there is kept
+    python -m staa.items vouch table4 preset=cut seeds=3    # its finished records into data/records
+"""
+
+import sys
+
+from . import records
+from .config import Config, ConfigError
+from .data import DataError
+from .experiments import ITEMS, PARAMETERS, Settings, run_all, settings
+from .records import RecordError
+from .train import words_to_settings
+
+
+def parameters(words: list[str]) -> Settings:
+    """name=value, ... as a notebook's parameters; raises ConfigError on a name that no notebook has."""
+    given = words_to_settings(words)
+    for name in given.keys() - PARAMETERS:
+        raise ConfigError(f"a parameter must be one of {', '.join(sorted(PARAMETERS))}, got {name!r}")
+    return settings({"preset": "smoke", "seeds": 1} | given)
+
+
+def vouch(configs: list[Config]) -> tuple[list[Config], list[Config]]:
+    """Copy the finished records of these runs to data/records: (copied or there before, without a record)."""
+    found = {config: records.find(config) for config in configs}
+    for config, record in found.items():
+        if record:
+            record.save(records.folder("records") / f"{config.name}.json")
+    return [c for c in configs if found[c]], [c for c in configs if not found[c]]
+
+
+def main(words: list[str]):
+    if len(words) < 2 or words[0] not in ("train", "vouch") or words[1] not in ITEMS:
+        raise ConfigError(f"write train or vouch, then one of {', '.join(ITEMS)}, then name=value, ...")
+    configs = ITEMS[words[1]](parameters(words[2:]))
+    if words[0] == "train":
+        return run_all(configs)
+    done, missing = vouch(configs)
+    print(f"{len(done)} records of {words[1]} are in {records.folder('records')}.")
+    for config in missing:
+        print(f"{config} has no record yet: {config.name}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ConfigError, DataError, RecordError, RuntimeError) as error:
+        sys.exit(f"staa: {error}")

@@ -1,0 +1,36 @@
+"""A small tree of image files, to go the way of ImageNet without ImageNet."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from . import data, records
+
+
+def digit_images(name: str = "digits64", size: int = 64, train: int = 40, val: int = 12) -> Path:
+    """The embedded digits as colour PNGs of size x size in the data folder: NAME/train/3/0017.png, NAME/val/...
+
+    train, val: images of each of the ten classes, the first ones of the digits' training and test set. The tree is
+    there whole or not at all; where it is there, it is left alone. The dataset's name is then "imagefolder:NAME".
+    """
+    root = records.folder("data")
+    if (root / name).is_dir():
+        return root / name
+    root.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=root, prefix=f".{name}."))
+    try:
+        for split, count in (("train", train), ("val", val)):
+            digits = data.Digits(split == "train")
+            for label in digits.classes:
+                folder = building / split / label
+                folder.mkdir(parents=True)
+                for i in [i for i, target in enumerate(digits.targets) if str(target) == label][:count]:
+                    digits[i][0].convert("RGB").resize((size, size)).save(folder / f"{i:04}.png")
+        building.chmod(0o755)
+        os.rename(building, root / name)
+    except OSError as error:
+        shutil.rmtree(building, ignore_errors=True)
+        if not (root / name).is_dir():  # else another process was faster
+            raise data.DataError(f"{root / name} could not be written ({error.strerror}).") from None
+    return root / name

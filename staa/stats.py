@@ -1,0 +1,96 @@
+"""What several seeds allow to say: means, spreads, paired gains with their intervals, and the Tukey test."""
+
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+
+from .records import Record
+
+
+def mean_sd(values: list[float]) -> str:
+    """Mean; with several values the standard deviation (n - 1) and their number."""
+    if not values:
+        return "not run"
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} (n={len(values)})"
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A mean difference over `n` seeds, its confidence interval and the p-value of the paired t-test; from one seed
+    there is neither, and low, high and p are None."""
+
+    n: int
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+
+    @property
+    def beyond_chance(self) -> bool:
+        return self.low is not None and not self.low <= 0 <= self.high
+
+    def __str__(self) -> str:
+        if self.low is None:
+            return f"{self.mean:+.2f} (one seed)"
+        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+def paired(differences: list[float], tests: int = 1, level: float = 0.95) -> Gain:
+    """The paired t-test of differences, one a seed. `tests` such intervals hold together with probability `level`
+    (Bonferroni): each has 1 - (1 - level) / tests; p is not corrected. Raises ValueError without any difference."""
+    from scipy.stats import t
+
+    n = len(differences)
+    if n < 2:
+        return Gain(n, statistics.mean(differences))
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / n ** 0.5
+    half = float(t.ppf(1 - (1 - level) / tests / 2, n - 1)) * error
+    p = 2 * float(t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
+    return Gain(n, mean, mean - half, mean + half, p)
+
+
+def gain(after: list[Record], before: list[Record], tests: int = 1) -> Gain | None:
+    """What `after` gains over `before` in test accuracy, in points, seed by seed; None where no seed has both."""
+    a, b = ({r.config["seed"]: r.accuracy for r in found} for found in (after, before))
+    differences = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+    return paired(differences, tests) if differences else None
+
+
+def verdict(gains: dict[str, Gain | None]) -> str:
+    """Two sentences: which gains are beyond chance, which are not."""
+    known = {name: g for name, g in gains.items() if g}
+    if not known:
+        return "No two rows were run: there is nothing to compare."
+    if min(g.n for g in known.values()) < 2:
+        return "One seed: nothing can be said about chance."
+    beyond, within = ([f"{name} ({g})" for name, g in known.items() if g.beyond_chance == yes] for yes in (True, False))
+    n = min(g.n for g in known.values())
+    return (f"Over {n} seeds these steps are beyond chance: {', '.join(beyond) or 'none'}. "
+            f"These are not: {', '.join(within) or 'none'}.")
+
+
+def differences(runs: list[Record]) -> str:
+    """One sentence on whether the rows of an ablation differ by more than chance, from the spread over seeds.
+
+    The yardstick is Tukey's honest significant difference at 5 %: q(rows, rows (n - 1)) s / sqrt(n), where s is the
+    standard deviation over n seeds within a row, pooled over the rows, and q the studentized range.
+    """
+    from scipy.stats import studentized_range
+
+    groups = defaultdict(list)
+    for run in runs:
+        groups[str(sorted(run.config["neuron_settings"].items()))].append(run.accuracy)
+    k, n = len(groups), min(map(len, groups.values()), default=0)
+    if k < 2:
+        return "Fewer than two rows were run: there is nothing to compare."
+    if n < 2:
+        return "One seed: the differences between the rows say nothing."
+    means = [statistics.mean(group) for group in groups.values()]
+    span = max(means) - min(means)
+    pooled = statistics.mean(statistics.variance(group) for group in groups.values()) ** 0.5
+    limit = float(studentized_range.ppf(0.95, k, k * (n - 1))) * (pooled / n ** 0.5)
+    verdict = "within chance" if span <= limit else "beyond chance"
+    return (f"The rows' means span {span:.2f} points, and over {n} seeds anything up to {limit:.2f} is within chance "
+            f"(Tukey, 5 %): the largest difference is {verdict}.")

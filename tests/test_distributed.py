@@ -1,0 +1,153 @@
+"""Two processes train one run: gloo on the CPU, against one process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import faults
+import pytest
+import torch
+from faults import SMALL, epochs_of, kill_at_step
+from torch import nn
+
+from staa.config import Config
+from staa.distributed import ALONE, PeerError, Statistics
+from staa.records import Record
+from staa.train import TrainingError, gradient, run
+
+pytestmark = pytest.mark.usefixtures("root")
+STAA = SMALL.but(neuron="staa", neuron_settings={"beta": 0.5}, epochs=2)
+CPU = torch.device("cpu")
+
+
+def torchruns(rank: int, port: int, fault=None):
+    """The environment that torchrun gives to one of two processes."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    if fault:
+        fault()
+
+
+def pair(root, config=SMALL, befalls=(None, None)):
+    """What two processes that train one run end in: [(exit code, log lines, record or exception)]."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [faults.start(root, config, partial(torchruns, rank, port, fault)) for rank, fault in enumerate(befalls)]
+    return [faults.end(*one) for one in both]
+
+
+def alone(config, monkeypatch, root):
+    """The record of one process, in folders of its own."""
+    monkeypatch.setenv("STAA_RUNS", str(root / "alone"))
+    return run(config, device="cpu", workers=0, log=lambda line: None)
+
+
+def same(a: Record, b: Record):
+    """Equal outcomes, but for what the order of a sum changes."""
+    for x, y in zip(a.outcome["epochs"], b.outcome["epochs"], strict=True):
+        assert x == pytest.approx(y, rel=1e-4)
+    assert a.outcome["firing_rates"] == pytest.approx(b.outcome["firing_rates"], rel=1e-3)
+    rest = [{k: v for k, v in r.outcome.items() if k not in ("epochs", "firing_rates")} for r in (a, b)]
+    assert rest[0] == rest[1]
+
+
+@pytest.mark.parametrize("config", [SMALL, STAA, STAA.but(microbatch=5), SMALL.but(microbatch=16, epochs=2)],
+                         ids=["LIF", "STAA", "microbatches", "one without images"])
+def test_two_processes_make_the_record_of_one(root, monkeypatch, config):
+    (code, lines, first), (other_code, silent, second) = pair(root, config)
+    assert (code, other_code) == (0, 0) and first == second and isinstance(first, Record), (first, second)
+    assert epochs_of(lines) == list(range(1, config.epochs + 1)) and silent == []
+    assert first.provenance["processes"] == 2
+    folder = root / "runs" / config.name
+    assert sorted(os.listdir(folder)) == ["lock", "record.json", "weights.pt"]
+    one = alone(config, monkeypatch, root)
+    assert one.provenance["processes"] == 1
+    same(first, one)
+    weights = [torch.load(f / config.name / "weights.pt", weights_only=True) for f in (root / "runs", root / "alone")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_run_and_the_next_start_goes_on(root, monkeypatch, victim):
+    fault = partial(kill_at_step, 5)  # three steps an epoch: the second step of epoch 2
+    ends = pair(root, SMALL, [fault if rank == victim else None for rank in (0, 1)])
+    assert ends[victim][0] == -signal.SIGKILL
+    other = ends[1 - victim][2]
+    assert isinstance(other, PeerError) and "goes on after its last whole epoch" in str(other)
+    (_, lines, record), _ = pair(root, SMALL)
+    assert epochs_of(lines) == [2, 3]
+    same(record, alone(SMALL, monkeypatch, root))
+
+
+def test_what_goes_wrong_in_the_first_process_is_said_in_both(root):
+    folder = root / "runs" / SMALL.name
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text("{}")
+    (_, _, first), (_, _, second) = pair(root)
+    assert "damaged" in str(first) and str(first) == str(second) and "\n" not in str(first)
+
+
+def test_a_batch_smaller_than_the_processes_is_refused_before_any_work(root):
+    (_, lines, first), (_, _, second) = pair(root, SMALL.but(train_images=33))
+    assert isinstance(first, TrainingError) and "fewer images than there are processes (2)" in str(second) and not lines
+
+
+def test_torchrun_ends_with_a_killed_process_and_then_goes_on(root):
+    config = SMALL.but(epochs=2)
+    words = [f"{name}={json.dumps(value)}" for name, value in vars(config).items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+               "staa.train", *words]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    assert "epoch 1/2" in first.stdout.readline()
+    workers = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    assert len(workers) == 2
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert first.wait(60) != 0
+    deadline = time.time() + 10
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert epochs_of(done.stdout.splitlines()) == [2] and done.stdout.count(config.name) == 1
+
+
+def test_a_microbatch_of_the_whole_batch_changes_nothing(root):
+    whole, parts = (run(c, device="cpu", workers=0, log=lambda line: None) for c in (SMALL, SMALL.but(microbatch=16)))
+    assert whole.outcome == parts.outcome and whole.config != parts.config
+
+
+@pytest.mark.parametrize("microbatch", [1, 3, 7, 9])
+def test_microbatches_add_up_to_the_gradient_of_the_batch(microbatch):
+    network, x, y = nn.Linear(5, 3), torch.randn(7, 5), torch.arange(7) % 3
+    loss = nn.functional.cross_entropy(network(x), y)
+    truth = torch.autograd.grad(loss, list(network.parameters()))
+    config, counts = Config(microbatch=microbatch), torch.zeros(2, dtype=torch.int64)
+    network.buffer = nn.BatchNorm2d(1)  # not called: what is there to accumulate stays
+    total = gradient(network, x, y, config, (0, 0), 7, CPU, ALONE, counts)
+    assert total / 7 == pytest.approx(loss.item(), rel=1e-5)
+    assert counts.tolist() == [(network(x).argmax(1) == y).sum(), 7]
+    for p, g in zip(network.parameters(), truth):
+        torch.testing.assert_close(p.grad, g)
+
+
+def test_running_statistics_are_the_mean_of_what_each_microbatch_leaves():
+    norm, parts = nn.BatchNorm2d(2), [torch.randn(n, 2, 3, 3) + n for n in (4, 4, 1)]
+    statistics = Statistics(norm)
+    for part in parts:
+        norm(part)
+        statistics.add()
+    statistics.settle(ALONE)
+    mean = sum(0.1 * part.mean((0, 2, 3)) for part in parts) / 3
+    var = sum(0.9 + 0.1 * part.var((0, 2, 3)) for part in parts) / 3
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, var)

@@ -1,0 +1,110 @@
+"""The page with everything, and the list."""
+
+import base64
+import os
+import re
+import time
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+
+from staa import page, records, tables
+
+TABLE = pd.DataFrame({"Row": ["a & b", "<c>"], "Paper: x_1": ["94.08 %", "not in our source"], "r": ["1 ± 2", "{#}"]})
+
+
+class Reader(HTMLParser):
+    """The cells of the tables of a page, and every address that it names."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.cells, self.addresses, self.open, self.inside = [], [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+        if tag == "tr":
+            self.cells.append([])
+        if tag in ("th", "td"):
+            self.cells[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if self.open and self.open[-1] in ("th", "td"):
+            self.cells[-1][-1] += text
+
+
+def test_a_table_is_the_same_in_markdown_html_and_latex():
+    tables.save(TABLE, "odd", "100 % & <sure>.")
+    folder, truth = records.folder("figures"), [list(TABLE.columns), *TABLE.values.tolist()]
+    assert Reader((folder / "odd.html").read_text()).cells == truth
+    lines = [line for line in (folder / "odd.md").read_text().splitlines() if line.startswith("|") and "|:--" not in line]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines] == truth
+    tex = (folder / "odd.tex").read_text()
+    rows = [re.split(r"(?<!\\)&", line.removesuffix(r"\\")) for line in tex.splitlines() if line.endswith(r"\\")]
+    plain = [[re.sub(r"\\([&%_#{}])", r"\1", cell.replace(r"\textless ", "<").replace(r"\textgreater ", ">")
+                     .replace(r"\textless", "<").replace(r"\textgreater", ">")).strip() for cell in row] for row in rows]
+    assert plain == truth
+    assert r"\caption{100 \% \& " in tex
+    # What LaTeX would stumble over: a bare special character, a brace or an environment that is not closed.
+    assert not re.search(r"(?<!\\)[%#]", tex) and not re.search(r"(?<!\\)_(?!.*\])", tex.replace(r"\label{tab:odd}", ""))
+    bare = re.sub(r"\\[{}]", "", tex)
+    assert bare.count("{") == bare.count("}")
+    assert re.findall(r"\\begin{(\w+)}", tex) == re.findall(r"\\end{(\w+)}", tex)[::-1]
+
+
+def test_the_page_holds_everything_and_needs_nothing_else():
+    tables.save(TABLE, "table4", "A note.")
+    tables.save(TABLE, "table4_steps", "Another note.")
+    picture = b"\x89PNG not really"
+    for name in ("energy_firing", "figure3"):
+        records.write(records.folder("figures") / f"{name}.png", picture)
+    found = page.items()
+    text = page.page(found)
+    seen = Reader(text)
+    assert seen.open == [] and len(seen.cells) == 6
+    assert all(a.startswith(("#", "data:image/png;base64,")) for a in seen.addresses), "nothing outside the file"
+    pictures = [a for a in seen.addresses if a.startswith("data:")]
+    assert [base64.b64decode(a.partition(",")[2]) for a in pictures] == [picture] * 2
+    parts = {s.partition('"')[0]: s for s in text.split('<section id="')[1:]}
+    assert set(parts) == {item.name for item in found} == {path.stem for path in page.NOTEBOOKS.glob("*.ipynb")}
+    assert "A note." in parts["table4"] and "Another note." in parts["table4"] and "data:" in parts["energy"]
+    assert "Not made yet." in parts["table1"]
+
+
+def test_the_list_says_what_is_there():
+    lines = {line.split()[0]: line for line in page.listing().splitlines()}
+    assert "0 of 18 runs" in lines["table4"] and "0 of 11 runs" in lines["figure3"] and "no runs" in lines["figure1"]
+    assert "about two minutes" in lines["table4"] and all("not said" not in line for line in lines.values())
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder of notebooks with one that works and one that fails."""
+    import nbformat
+
+    monkeypatch.setattr(page, "NOTEBOOKS", tmp_path / "notebooks")
+    page.NOTEBOOKS.mkdir()
+    for name, code in (("good", "print('done')"), ("bad", "raise ValueError('as it must')")):
+        book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {name}: a title\n\nRunning time: none."),
+                                               nbformat.v4.new_code_cell(code)])
+        book.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
+        nbformat.write(book, page.NOTEBOOKS / f"{name}.ipynb")
+
+
+def test_a_notebook_that_fails_costs_no_other_and_nothing_is_done_twice(small, capsys):
+    assert page.main() == 1
+    said = capsys.readouterr().out
+    assert "good: executed" in said and "bad failed: ValueError: as it must" in said and "1 failed" in said
+    good, bad = sorted(page.items(), key=lambda item: item.name == "bad")
+    assert good.fresh() and not bad.fresh() and not bad.output.exists()
+    assert (records.folder("figures") / "index.html").is_file()
+    (page.NOTEBOOKS / "bad.ipynb").unlink()
+    assert page.main() == 0 and "executed" not in capsys.readouterr().out
+    os.utime(page.NOTEBOOKS / "good.ipynb", times=(time.time() + 5,) * 2)
+    assert not good.fresh()

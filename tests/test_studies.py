@@ -1,0 +1,143 @@
+"""The tables and figures of Tables 2 and 4, Figures 3 and 5 and convergence, from made-up records."""
+
+import statistics
+
+import matplotlib.pyplot as plt
+import pytest
+from test_tables import record, rows
+
+from staa import Record, curves, samples, stats, studies, tables
+from staa.data import load
+from staa.experiments import FIGURE3, FIGURE5, TABLE4, TABLE4_STEPS
+
+
+@pytest.fixture(autouse=True)
+def vouched(tmp_path, monkeypatch):
+    monkeypatch.setenv("STAA_RECORDS", str(tmp_path / "records"))
+    return tmp_path / "records"
+
+
+def grid(table, folder=None, seeds=3, **settings):
+    """A record for each row and seed: row i has 50 + i + seed / 10 per cent, and epochs with falling losses."""
+    found = []
+    for i, (_, row) in enumerate(table):
+        for seed in range(seeds):
+            made = record(50 + i + seed / 10 * (i + 1), seed=seed, neuron_settings=row, epochs=2, **settings)
+            epochs = [{"train_loss": loss, "test_accuracy": made.accuracy} for loss in (2.0 - i / 10, 1.0 - i / 10)]
+            full = Record(made.config, made.outcome | {"epochs": epochs, "classes": 10, "parameters": 1000 - i},
+                          {"seconds_per_epoch": [1.0 + i, 3.0 + i], "seconds": 4.0, "device": "x"})
+            if folder:
+                full.save(folder / f"{i}-{seed}-{made.config['dataset']}.json")
+            found.append(full)
+    return found
+
+
+def test_table_4_has_the_papers_numbers_the_records_and_this_run(vouched):
+    grid(TABLE4, vouched, dataset="cifar10", train_images=10_000, width=0.25)
+    runs = grid(TABLE4[:-1])
+    table = studies.table4(runs).set_index("Row")
+    assert table["Paper: CIFAR-100"].tolist() == [row["accuracy"] for row in rows("table4")]
+    assert table["Paper: gain"].tolist() == ["-", *(row["gain"] for row in rows("table4")[1:])]
+    assert table.loc["GC", "Recorded: CIFAR-10, 2 epochs, width 0.25, 10,000 images"] == "51.20 ± 0.20 (n=3)"
+    gain = stats.paired([1.0, 1.1, 1.2], tests=5)
+    assert table.loc["GC", "This run: gain [95 %]"] == str(gain) and gain.beyond_chance
+    assert table.loc["baseline", "This run: gain [95 %]"] == "-"
+    assert table["Parameters"].tolist() == ["1,000", "999", "998", "997", "996", "not run"]
+    assert table["Seconds an epoch"].tolist() == ["2.0", "3.0", "4.0", "5.0", "6.0", "not run"]
+    assert table.iloc[-1].tolist()[-3:] == ["not run"] * 3
+
+
+def test_every_step_is_the_papers_difference_and_ours(vouched):
+    table = studies.table4_steps(grid(TABLE4)).set_index("Block")
+    paper = dict(zip([label for label, _ in TABLE4], (float(row["accuracy"]) for row in rows("table4"))))
+    assert [float(x) for x in table["Paper"]] == pytest.approx([paper[a] - paper[b] for a, b in TABLE4_STEPS.values()])
+    assert (table.loc["SA with TSRD", "Paper"], table.loc["GC", "Paper"]) == ("+1.14", "+0.92"), "as section 4.3 prints"
+    gain = stats.paired([2.0, 2.2, 2.4], tests=7)
+    assert table.loc["SA", "This run: gain [95 %]"] == str(gain) and table.loc["SA", "This run: p"] == f"{gain.p:.3f}"
+    assert "SA" in stats.verdict(studies.steps(grid(TABLE4)))
+
+
+def test_what_the_readme_shows_says_which_row_was_trained_and_the_papers_number(vouched):
+    for name, value in (("firing_rates", {"a": 0.1}),):
+        for made in grid(TABLE4, dataset="cifar10", train_images=10_000, width=0.25):
+            full = Record(made.config, made.outcome | {name: value}, made.provenance)
+            full.save(vouched / f"{len(list(vouched.glob('*')))}.json")
+    table = tables.results()
+    assert len(table) == 6 and set(table["Dataset"]) == {"CIFAR-10"}
+    shown = dict(zip(table["Neuron"], table["Paper"]))
+    assert shown["STAA"] == "75.10 on CIFAR-100 (Table 4)"
+    assert shown["STAA, gc = False, pe = False, sa = False, beta = 0.0"] == "72.30 on CIFAR-100 (Table 4)"
+    assert set(table["Training"]) == {"2 epochs, width 0.25, 10,000 images, lr 0.1, augmentation none"}
+
+
+def test_table_2_fills_its_own_rows():
+    runs = [record(12.5, dataset="imagefolder:digits64", image_size=64, network="resnet34", T=4)]
+    table = studies.table2(runs)
+    assert len(table) == 16 and table["Paper: ImageNet"].tolist() == [
+        row["accuracy"] or "not in our source" for row in rows("table2")]
+    own = table[table.Method == "STAA-SNN"]
+    assert own["This run: digits64, STAA"].tolist() == ["not run", "12.50", ""]
+    assert own["Recorded: ImageNet"].tolist() == ["no record", "no record", ""]
+
+
+def test_figure_5_shows_what_r_costs():
+    runs = grid(FIGURE5, width=1 / 16, image_size=16, T=4, seeds=1)
+    table = studies.figure5(runs)
+    assert table["r"].tolist() == ["1", "2", "4", "8", "16"] and table["Parameters"].tolist()[0] == "1,000"
+    counts = [studies.multiply_adds(run) for run in runs]
+    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
+    full = record(1.0, dataset="cifar10", network="resnet20", T=4)
+    full.outcome["classes"] = 10
+    # ResNet-20 at T = 4 has 0.871 G; the mixing by M and N, which is no layer, is counted with them here.
+    assert studies.multiply_adds(full) == pytest.approx(0.871e9, rel=0.02)
+
+
+def test_convergence_counts_epochs_to_the_common_loss():
+    runs = grid([row for row in (TABLE4[0], TABLE4[4], TABLE4[5])])
+    table = studies.convergence(runs).set_index("Neuron")
+    assert list(table.index) == ["LIF", "STAA", "STAA without TSRD"]
+    assert table["Epochs to a loss of 1.000"].tolist() == ["2", "2", "2"]
+    assert table.loc["STAA", "Seconds an epoch"] == "4.0" and table.loc["STAA", "Seconds to that loss"] == "8.0"
+    assert studies.curve(runs[:3], "test_accuracy")[0] == (pytest.approx(50.1), pytest.approx(0.1))
+    assert "longer, by +33.33 [+33.33, +33.33] %" in studies.tsrd_seconds(runs)
+
+
+@pytest.mark.parametrize("draw, table", [(curves.figure3, FIGURE3), (curves.figure5, FIGURE5)])
+def test_a_figure_draws_every_row_and_every_training(vouched, draw, table):
+    grid(table, vouched, dataset="cifar10")
+    runs = grid(table, width=1 / 16, image_size=16)
+    figure = draw(studies.series(table, runs))
+    lines = [c.lines[0] for c in figure.axes[0].containers]
+    assert len(lines) == 2 and len({c.get_label() for c in figure.axes[0].containers}) == 2
+    for line in lines:
+        assert list(line.get_xdata()) == [float(label) for label, _ in table]
+        assert list(line.get_ydata()) == pytest.approx([50 + i + 0.1 * (i + 1) for i in range(len(table))])
+    if draw is curves.figure5:
+        parameters = figure.axes[1].lines[0].get_ydata()
+        assert parameters == pytest.approx([100 * (1000 - i) / 998 - 100 for i in range(5)])
+    plt.close(figure)
+
+
+def test_convergence_draws_three_lines_of_means():
+    runs = grid([TABLE4[0], TABLE4[4], TABLE4[5]])
+    figure = curves.convergence(runs)
+    assert [line.get_label() for line in figure.axes[0].lines] == ["LIF", "STAA", "STAA without TSRD"]
+    assert list(figure.axes[0].lines[0].get_ydata()) == [2.0, 1.0]
+    assert figure.axes[1].lines[0].get_ydata()[1] == pytest.approx(statistics.mean([50.0, 50.1, 50.2]))
+    plt.close(figure)
+
+
+def test_the_tree_of_images_is_the_digits():
+    import numpy as np
+    from PIL import Image
+
+    root = samples.digit_images("few", size=64, train=3, val=2)
+    assert sorted(p.name for p in root.iterdir()) == ["train", "val"]
+    train, val, digits = load("imagefolder:few", True), load("imagefolder:few", False), load("digits", True)
+    assert (len(train), len(val)) == (30, 20) and train.classes == digits.classes
+    path, label = train.samples[7]
+    truth = digits[int(path[-8:-4])][0].convert("RGB").resize((64, 64))
+    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(truth)) and digits.targets[int(path[-8:-4])] == label
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
+    assert samples.digit_images("few") == root and before == {p: p.stat().st_mtime_ns for p in root.rglob("*")}
+    assert [p.name for p in root.parent.iterdir()] == ["few"], "nothing half-made is left"
