@@ -1,0 +1,275 @@
+"""The fast path against the reference: the same spikes, the same gradients, for any shape, layout, type and setting."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import staa
+from staa import fused, fused_staa
+from staa.attention import STAALIF
+from staa.neuron import LIF
+
+#: Compiling takes seconds, so the properties are tried on the functions as they stand, and compiled on fewer shapes.
+WAYS = {"as it stands": 2 ** 60, "compiled": 0}
+few = settings(max_examples=30, deadline=None)
+
+sizes = st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(1, 5))
+lif_settings = st.fixed_dictionaries({}, optional={
+    "decay": st.floats(0, 1), "gain": st.floats(0.1, 2), "v_th": st.floats(0.3, 2), "v_reset": st.floats(-1, 0.2),
+    "a": st.floats(0.3, 3)})
+staa_settings = st.fixed_dictionaries({}, optional={
+    "gc": st.booleans(), "pe": st.booleans(), "sa": st.booleans(), "r": st.integers(1, 4), "alpha": st.floats(0.5, 3),
+    "beta": st.sampled_from([0.0, 0.5, 1.0]), "pe_kind": st.sampled_from(["learned", "fixed"]),
+    "pe_place": st.sampled_from(["input", "membrane", "both", "output"])})
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    before = fused.enabled, fused.WORTH_COMPILING
+    yield
+    fused.enabled, fused.WORTH_COMPILING = before
+
+
+def current(shape, dtype=torch.float64, channels_last=False, seed=0):
+    x = 2 * torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    if channels_last:
+        x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, shape[:2])
+    return x
+
+
+def outcome(neuron, x, fast: bool):
+    """Spikes, and the gradients of the current and of each parameter, for one random cotangent."""
+    fused.enabled = fast
+    x = x.clone().requires_grad_()
+    neuron.zero_grad()
+    torch.manual_seed(1)  # TSRD's draws
+    s = neuron(x)
+    cotangent = torch.randn(s.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(s.dtype)
+    s.backward(cotangent)
+    zero = torch.zeros(())
+    return s.detach(), x.grad, {n: zero if p.grad is None else p.grad for n, p in neuron.named_parameters()}
+
+
+def same(neuron, x, tolerance=1e-5):
+    (s, dx, dp), (s2, dx2, dp2) = outcome(neuron, x, False), outcome(neuron, x, True)
+    assert s2.dtype == x.dtype and s2.shape == x.shape
+    assert torch.equal(s, s2), "spikes differ"
+    for name, reference, fast in [("x", dx, dx2), *((n, dp[n], dp2[n]) for n in dp if n != "gc.key.bias")]:
+        scale = max(reference.abs().max().item(), 1e-6)
+        assert (reference - fast).abs().max().item() <= tolerance * scale, name
+
+
+def shaken(neuron):
+    """The neuron with all its parameters away from their start, where half of them have no effect."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in neuron.parameters():
+            p.add_(0.3 * torch.randn(p.shape, dtype=p.dtype, generator=generator))
+    return neuron
+
+
+@few
+@given(sizes, lif_settings, st.booleans())
+def test_lif(shape, numbers, channels_last):
+    fused.WORTH_COMPILING = WAYS["as it stands"]
+    same(LIF(**numbers), current(shape, channels_last=channels_last))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_lif_compiled(channels_last):
+    """Several settings and sizes after one another: the compiled function is one for all."""
+    fused.WORTH_COMPILING = WAYS["compiled"]
+    for numbers in ({}, dict(decay=0.5, gain=0.5), dict(v_th=0.7, v_reset=-0.3, a=2.0)):
+        for shape in ((3, 2, 5, 4, 3), (3, 1, 2, 6, 5)):
+            same(LIF(**numbers), current(shape, channels_last=channels_last))
+
+
+@few
+@given(sizes, staa_settings, lif_settings, st.booleans())
+def test_staa(shape, blocks, numbers, channels_last):
+    fused.WORTH_COMPILING = WAYS["as it stands"]
+    same(shaken(STAALIF(shape[2], shape[0], **blocks, **numbers).double()), current(shape, channels_last=channels_last))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_staa_compiled(channels_last):
+    fused.WORTH_COMPILING = WAYS["compiled"]
+    for blocks in ({}, dict(sa=False, v_reset=-0.3), dict(gc=False, pe_place="both", beta=0.5), dict(pe_place="output")):
+        for shape in ((3, 2, 5, 4, 3), (2, 1, 1, 6, 5)):
+            same(shaken(STAALIF(shape[2], shape[0], **blocks).double()), current(shape, channels_last=channels_last))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision(dtype, way):
+    """The membrane potential is float32 in both, so that the spikes of bf16 currents are equal too; bf16 gradients agree
+    to their own rounding."""
+    fused.WORTH_COMPILING = WAYS[way]
+    x = current((4, 2, 8, 6, 6), dtype, channels_last=True)
+    same(LIF(), x, tolerance=1e-5 if dtype == torch.float32 else 2 ** -7)
+    if dtype == torch.bfloat16:
+        neuron = shaken(STAALIF(8, 4))
+        reference, fast = outcome(neuron, x, False), outcome(neuron, x, True)
+        assert torch.equal(reference[0], fast[0])
+        assert torch.nn.functional.cosine_similarity(reference[1].flatten().float(), fast[1].flatten().float(), 0) > 0.99
+    else:
+        same(shaken(STAALIF(8, 4, r=1)), x, tolerance=1e-4)  # sums over space and LayerNorm in another order
+
+
+def test_autocast_does_not_reach_the_membrane():
+    neuron, x = shaken(STAALIF(8, 4)).eval(), current((4, 2, 8, 6, 6), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = neuron(x)
+    assert torch.equal(inside, neuron(x))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", [(4, 3, 7), (4, 3, 8, 5, 6), (1, 1, 1, 1, 1)])
+def test_other_shapes_and_strides(shape, way):
+    fused.WORTH_COMPILING = WAYS[way]
+    same(LIF(), current(shape))
+    same(LIF(), current(shape).transpose(0, 1).contiguous().transpose(0, 1))  # batch outermost, as frames arrive
+    same(LIF(), current(shape[1:]).expand(shape))
+
+
+@pytest.mark.parametrize("neuron", [LIF(), STAALIF(4, 3).double()])
+def test_the_layout_stays(neuron):
+    for channels_last in (True, False):
+        x = current((3, 2, 4, 5, 6), channels_last=channels_last)
+        assert neuron(x).stride() == x.stride()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_slices_meet_without_a_seam(way, monkeypatch):
+    monkeypatch.setattr(fused, "SLICE", 7)
+    fused.WORTH_COMPILING = WAYS[way]
+    same(LIF(v_reset=-0.1), current((3, 5, 4, 3, 3)))
+
+
+def test_the_edge_of_the_rectangle_belongs_to_it():
+    """U = 1/2, 3/2 on the edge and just outside it, with V_th = a = 1."""
+    x = torch.tensor([[0.5, 1.5, 0.5 - 2 ** -24, 1.5 + 2 ** -23]])
+    for way in WAYS.values():
+        fused.WORTH_COMPILING = way
+        _, dx, _ = outcome(LIF(), x, True)
+        assert (dx != 0).tolist() == [[True, True, False, False]]
+
+
+def saved_bytes(neuron, x) -> int:
+    """Bytes kept for the backward pass, beyond the current itself."""
+    kept = {}
+    x = x.clone().requires_grad_()
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        neuron(x)
+    kept.pop(x.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_nothing_is_kept_but_the_current(channels_last, way):
+    fused.WORTH_COMPILING = WAYS[way]
+    x = current((4, 2, 16, 8, 8), torch.float32, channels_last)
+    assert saved_bytes(LIF(), x) == 0
+    # GC's two weights a position and the small tensors (B, C); the membrane potential would be x.nbytes by itself.
+    small = 40 * 4 * (4 * 2 * 16) + sum(p.nbytes for p in STAALIF(16, 4).parameters())
+    assert saved_bytes(STAALIF(16, 4), x) <= 2 * x.nbytes / 16 + small
+
+
+def test_compiled_in_one_graph():
+    """No graph break, and one kernel for all time steps of the plain neuron."""
+    from torch._inductor import metrics
+
+    x = [torch.randn(64) for _ in range(4)]
+    out = [torch.empty(64) for _ in range(4)]
+    numbers = fused.constants((0.25, 1.0, 1.0, 0.0, 1.0), torch.float32, x[0].device)
+    plain = {"forward": (fused._lif, (x, out, numbers)), "backward": (fused._lif_backward, (x, x, out, numbers))}
+    for name, (function, arguments) in plain.items():
+        torch._dynamo.reset()
+        metrics.reset()
+        explained = torch._dynamo.explain(function._torchdynamo_orig_callable)(*arguments)
+        assert explained.graph_break_count == 0, name
+        function(*arguments)
+        assert metrics.generated_kernel_count == 1, name
+
+
+def test_a_changed_equation_takes_the_reference():
+    """A subclass with its own charge, a learned decay, and a block that somebody listens to are computed as written."""
+    class Adding(LIF):
+        def charge(self, hm, x):
+            return hm + x
+
+    x = torch.full((2, 1), 0.6)
+    assert Adding()(x).tolist() == [[0.0], [1.0]]
+
+    learned = LIF()
+    learned.decay = torch.nn.Parameter(torch.tensor(0.25))
+    learned(torch.full((2, 1), 0.9)).sum().backward()
+    assert learned.decay.grad is not None
+
+    neuron, calls = STAALIF(4, 2), []
+    neuron.sa.register_forward_hook(lambda *_: calls.append(1))
+    neuron(torch.randn(2, 1, 4, 3, 3))
+    assert calls
+
+
+def test_the_switch(monkeypatch):
+    called = []
+    monkeypatch.setattr(fused, "lif", lambda *a: called.append("lif"))
+    monkeypatch.setattr(fused_staa, "aggregated", lambda *a: called.append("staa"))
+    fused.enabled = False
+    LIF()(torch.zeros(2, 1))
+    STAALIF(4, 2)(torch.zeros(2, 1, 4, 3, 3))
+    assert called == []
+    fused.enabled = True
+    LIF()(torch.zeros(2, 1))
+    STAALIF(4, 2).eval()
+    assert called == ["lif"]
+
+
+def test_without_a_compiler(monkeypatch):
+    """Where compiling fails there is one warning, and the same spikes."""
+    def broken(*_, **__):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    fused.compiler.cache_clear()
+    fused.WORTH_COMPILING = 0
+    x = current((2, 3, 4))
+    with pytest.warns(UserWarning, match="no C.. compiler.*without it"):
+        same(LIF(), x)
+    same(LIF(), x)
+    fused.compiler.cache_clear()
+
+
+def test_twice_backward_through_one_graph():
+    """backward(retain_graph=True) may be called again: the tapes are not spent."""
+    neuron, x = shaken(STAALIF(4, 2, beta=0.0).double()), current((2, 1, 4, 3, 3)).requires_grad_()
+    s = neuron(x)
+    first, = torch.autograd.grad(s.sum(), x, retain_graph=True)
+    second, = torch.autograd.grad(s.sum(), x)
+    assert torch.equal(first, second)
+
+
+def test_a_network_learns_alike():
+    """Five SGD steps of a whole network, with and without: the same loss to float tolerance, in double precision."""
+    losses = []
+    for fast in (False, True):
+        fused.enabled = fast
+        torch.manual_seed(0)
+        network = staa.build("resnet20", "staa", T=2, width=1 / 16).double()
+        optimizer = torch.optim.SGD(network.parameters(), 0.02)
+        x, y = torch.randn(4, 3, 16, 16, dtype=torch.float64), torch.arange(4)
+        for _ in range(5):
+            loss = torch.nn.functional.cross_entropy(network(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
