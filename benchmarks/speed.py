@@ -1,0 +1,211 @@
+"""Neurons and networks against their peers, in one run: python benchmarks/speed.py [--device cuda] [--rounds 15].
+
+Each LIF neuron is the same one: decay 0.25, threshold 1, hard reset to 0; that it gives the same spikes is checked before
+anything is timed. Surrogates are rectangular, but for norse, which has none. The current is channels-last, as inside a network.
+"""
+
+import argparse
+
+import torch
+from timing import interleaved, machine, summary, wait, write
+from torch import nn
+
+import staa
+from staa import fused
+from staa.attention import STAALIF
+from staa.neuron import LIF, over_time, rectangle
+
+SHAPES = [(4, 32, 64, 32, 32), (16, 8, 64, 32, 32)]
+
+
+class NoCompiler:
+    """Run a case without a compiler."""
+
+    def __enter__(self):
+        self.before, fused.WORTH_COMPILING = fused.WORTH_COMPILING, 2 ** 62
+
+    def __exit__(self, *_):
+        fused.WORTH_COMPILING = self.before
+
+
+class Reference:
+    """Run a case as the equations stand."""
+
+    def __enter__(self):
+        fused.enabled = False
+
+    def __exit__(self, *_):
+        fused.enabled = True
+
+
+def inside(context, work):
+    def case():
+        with context():
+            work()
+    return case
+
+
+class ReLU(nn.ReLU):
+    def __init__(self, channels, T):
+        super().__init__()
+
+
+def spikingjelly(device):
+    from spikingjelly.activation_based import functional, neuron, surrogate
+
+    layer = neuron.LIFNode(tau=4 / 3, decay_input=False, step_mode="m", surrogate_function=surrogate.Rect(alpha=1.0))
+    if device.type == "cuda" and "triton" in layer.supported_backends:
+        layer.backend = "triton"
+
+    def forward(x):
+        functional.reset_net(layer)
+        return layer(x)
+    return forward
+
+
+def snntorch(device):
+    import snntorch
+
+    layer = snntorch.Leaky(beta=0.25, threshold=1.0, reset_mechanism="zero", reset_delay=False, spike_grad=rectangle)
+    layer.to(device)
+
+    def forward(x):
+        membrane, spikes = torch.zeros_like(x[0]), []
+        for x_t in x.unbind():
+            s, membrane = layer(x_t, membrane)
+            spikes.append(s)
+        return over_time(spikes)
+    return forward
+
+
+def norse(device):
+    from norse.torch import LIFBoxCell, LIFBoxParameters
+
+    cell = LIFBoxCell(p=LIFBoxParameters(tau_mem_inv=torch.tensor(750.0), v_th=torch.tensor(1.0)), dt=0.001).to(device)
+
+    def forward(x):
+        state, spikes = None, []
+        for x_t in (x / 0.75).unbind():  # its input is weighted by dt / tau
+            s, state = cell(x_t, state)
+            spikes.append(s)
+        return over_time(spikes)
+    return forward
+
+
+def current(shape, device):
+    x = torch.randn(shape[0] * shape[1], *shape[2:], generator=torch.Generator().manual_seed(0))
+    return x.to(device).contiguous(memory_format=torch.channels_last).unflatten(0, shape[:2])
+
+
+def both_ways(layer, x, gradient):
+    def case():
+        layer(x.detach().requires_grad_()).backward(gradient)
+    return case
+
+
+def neurons(shape, device, rounds) -> dict:
+    """Forward and backward of one neuron."""
+    x, gradient = current(shape, device), current(shape, device)
+    lif, attention = LIF(), STAALIF(shape[2], shape[0], beta=0.0).to(device)
+    layers = {"SpikingJelly": spikingjelly(device), "snnTorch": snntorch(device), "norse": norse(device)}
+    for name, layer in layers.items():
+        different = (layer(x) != lif(x)).float().mean().item()
+        assert different < 1e-5, f"{name} is another neuron: {100 * different:.3f} % of the spikes differ"
+    room = torch.empty_like(x)
+    cases = {"copy": lambda: room.copy_(x)}
+    cases |= {name: both_ways(layer, x, gradient) for name, layer in layers.items()}
+    plain, with_attention = both_ways(lif, x, gradient), both_ways(attention, x, gradient)
+    cases |= {"LIF": plain, "LIF, no compiler": inside(NoCompiler, plain), "LIF, reference": inside(Reference, plain),
+              "STAA": with_attention, "STAA, reference": inside(Reference, with_attention)}
+    return {name: summary(t) for name, t in interleaved(cases, device, rounds).items()}
+
+
+def networks(device, rounds, batch=32, T=4) -> tuple[dict, dict]:
+    """A training step of ResNet-20 in milliseconds, and the MiB that it keeps for the backward pass."""
+    x = torch.randn(batch, 3, 32, 32).to(device, memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch,)).to(device)
+
+    def build(neuron, **settings):
+        return staa.build("resnet20", neuron, T=T, **settings).to(device, memory_format=torch.channels_last)
+
+    def step(network):
+        def case():
+            network.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = nn.functional.cross_entropy(network(x), labels)
+            loss.backward()
+        return case
+
+    def images(network):
+        def case():
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                network(x)
+        return case
+
+    def kept(network) -> float:
+        seen = {}
+
+        def pack(t):
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            network(x)
+        return sum(seen.values()) / 2 ** 20
+
+    jelly = type("SpikingJelly", (nn.Module,), {"__init__": lambda self, channels, T: (
+        nn.Module.__init__(self), setattr(self, "run", spikingjelly(device)))[0], "forward": lambda self, x: self.run(x)})
+    nets = {"ReLU": build(ReLU), "SpikingJelly": build(jelly), "LIF": build("lif"), "STAA": build("staa", beta=0.0)}
+    cases = {name: step(network) for name, network in nets.items()}
+    cases |= {f"{name}, reference": inside(Reference, step(nets[name])) for name in ("LIF", "STAA")}
+    cases |= {f"{name}, inference": images(network) for name, network in nets.items()}
+    memory = {name: kept(network) for name, network in nets.items()}
+    with Reference():
+        memory |= {f"{name}, reference": kept(nets[name]) for name in ("LIF", "STAA")}
+    wait(device)
+    return ({name: summary(t) for name, t in interleaved(cases, device, rounds).items()},
+            {name: round(mib) for name, mib in memory.items()})
+
+
+def rows(found: dict) -> list[tuple[str, float, str, float]]:
+    """(what, measured, goal as text, goal): the goals of a CPU are upper bounds where they begin with <=."""
+    table = []
+
+    def ratio(what, section, above, below, goal):
+        times = found[section]
+        table.append((what, times[above]["median"] / times[below]["median"], goal, float(goal[2:])))
+
+    first, second = map(str, SHAPES)
+    ratio(f"LIF {first}, SpikingJelly's time over ours", first, "SpikingJelly", "LIF", ">=8")
+    ratio(f"LIF {second}, SpikingJelly's time over ours", second, "SpikingJelly", "LIF", ">=5")
+    ratio(f"LIF {first} without a compiler, SpikingJelly's time over ours", first, "SpikingJelly", "LIF, no compiler",
+          ">=4")
+    ratio(f"LIF {first}, our time over a copy's", first, "LIF", "copy", "<=4")
+    ratio(f"STAA {first}, reference's time over ours", first, "STAA, reference", "STAA", ">=4")
+    ratio("ResNet-20 training step, LIF over ReLU", "network", "LIF", "ReLU", "<=1.10")
+    ratio("ResNet-20 training step, STAA over LIF", "network", "STAA", "LIF", "<=1.2")
+    table.append(("MiB kept by STAA ResNet-20", found["MiB kept for the backward pass"]["STAA"], "<=700", 700.0))
+    return table
+
+
+def main(device: torch.device, rounds: int):
+    found = {"machine": machine(device, "spikingjelly", "snntorch", "norse"), "rounds": rounds, "unit": "ms"}
+    for shape in SHAPES:
+        found[str(shape)] = neurons(shape, device, rounds)
+    found["network"], found["MiB kept for the backward pass"] = networks(device, max(rounds // 2, 3))
+    for section in (*map(str, SHAPES), "network"):
+        print(f"\n{section}")
+        for name, t in found[section].items():
+            print(f"  {name:22} {t['median']:10.2f} ms  [{t['quartiles'][0]:.2f}, {t['quartiles'][1]:.2f}]")
+    print()
+    for what, value, goal, bound in rows(found):
+        met = value >= bound if goal[0] == ">" else value <= bound
+        print(f"  {what:75} {value:8.2f}  {goal:>7}  {'met' if met else 'missed'}")
+    write("speed", device, found)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    main(torch.device(arguments.device), arguments.rounds)
