@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 import statistics
 from collections import defaultdict
 from functools import cache
@@ -246,10 +247,11 @@ def header(settings: Settings, runs: list[Record]) -> str:
 
 def save(table: pd.DataFrame, name: str, note: str):
     """figures/NAME.md, .csv, .tex and .html (a fragment for `staa.page`), each whole or not at all."""
+    caption = re.sub(r"([&%$#_{}])", r"\\\1", note)
     texts = {"md": f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{note}\n",
              "csv": table.to_csv(index=False),
              "html": f"{table.to_html(index=False, border=0)}\n<p>{html.escape(note)}</p>\n",
-             "tex": table.to_latex(index=False, escape=True, caption=note.replace("%", r"\%"), label=f"tab:{name}")}
+             "tex": table.to_latex(index=False, escape=True, caption=caption, label=f"tab:{name}")}
     for ending, text in texts.items():
         records.write(records.folder("figures") / f"{name}.{ending}", text.encode())
 
