@@ -32,7 +32,7 @@ def figure3(series: Series) -> Figure:
     axes.axvline(0.1, color=COLORS["ann"], lw=0.8, ls=":", label="0.1: the paper's choice")
     over_setting(axes, series)
     axes.set(xlabel="probability of TSRD", xlim=(-0.03, 1.03), xticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
-    figure.legend(loc="outside upper center", ncols=1 if len(series) > 1 else 2)
+    figure.legend(loc="outside upper center", ncols=1)
     return figure
 
 
@@ -41,7 +41,7 @@ def figure5(series: Series) -> Figure:
     figure, axes = plt.subplots(figsize=(COLUMN, 2.7))
     axes.axvline(4, color=COLORS["ann"], lw=0.8, ls=":", label="4: the paper's choice")
     over_setting(axes, series)
-    rows = series["this run"]
+    rows = next(iter(series.values()))
     cost = axes.twinx()
     cost.spines["right"].set_visible(True)
     for label, line, number in (("parameters", "v-", lambda r: r.outcome["parameters"]),

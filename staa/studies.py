@@ -25,8 +25,10 @@ def groups(rows: Rows, found: list[Record]) -> dict[str, list[Record]]:
 
 def series(rows: Rows, runs: list[Record]) -> dict[str, dict[str, list[Record]]]:
     """What a figure draws: this run's rows, and those of each training that the project vouches for."""
-    return {"this run": groups(rows, runs)} | {f"recorded: {name}": groups(rows, found)
-                                               for name, found in vouched_setups(rows).items()}
+    dataset, seeds = runs[0].config["dataset"], len({run.config["seed"] for run in runs})
+    this = f"this run: {dataset}, {seeds} seed{'s' * (seeds > 1)}"
+    return {this: groups(rows, runs)} | {f"recorded: {name}": groups(rows, found)
+                                         for name, found in vouched_setups(rows).items()}
 
 
 def table2(runs: list[Record]) -> pd.DataFrame:

@@ -1,13 +1,16 @@
 """Records in, table out: the paper's numbers, the recorded ones and this run's side by side."""
 
 import html
+import json
+import re
 import statistics
 from collections import defaultdict
+from functools import cache
 
 import pandas as pd
 
 from . import lemaire, records, stats
-from .config import Config, ConfigError
+from .config import LATER, Config, ConfigError
 from .energy import ELEMENTWISE, Measurement
 from .experiments import ABLATED, FIGURE2, POSITION_ENCODING, TABLE1, TABLE4, Settings
 from .records import Record
@@ -80,13 +83,14 @@ def vouched_setups(rows: list[tuple[str, dict]]) -> dict[str, list[Record]]:
     groups, vouched = defaultdict(list), records.vouched()
     for _, settings in rows:
         for record in select(vouched, **ABLATED, neuron_settings=settings):
-            setting = Config.from_dict(record.config).but(seed=0, neuron_settings={})
-            groups[setting.width, record.outcome["train_images"], setting.epochs, setting.hash].append(record)
+            c = LATER | record.config
+            rest = json.dumps({k: v for k, v in c.items() if k not in ("seed", "neuron_settings")}, sort_keys=True)
+            groups[c["width"], record.outcome["train_images"], c["epochs"], rest].append(record)
     found = {}
     for key in sorted(groups, reverse=True):
         first = groups[key][0]
         name = f"{NAMES.get(first.config['dataset'], first.config['dataset'])}, {training(first)}"
-        found[name if name not in found else f"{name}, {key[-1]}"] = groups[key]
+        found[name if name not in found else f"{name}, lr {first.config['lr']:g}, no. {len(found) + 1}"] = groups[key]
     return found
 
 
@@ -138,8 +142,13 @@ def recorded(*, neuron_settings: dict | None = None, **settings) -> str:
 
 def whole(neuron: str, T: int, settings: dict) -> dict | None:
     """These settings with the neuron's defaults filled in; None where the neuron has no such setting."""
+    return _whole(neuron, T, tuple(sorted(settings.items())))
+
+
+@cache
+def _whole(neuron, T, settings):
     try:
-        return Config(neuron=neuron, T=T, neuron_settings=settings).neuron_settings
+        return Config(neuron=neuron, T=T, neuron_settings=dict(settings)).neuron_settings
     except ConfigError:
         return None
 
@@ -147,7 +156,7 @@ def whole(neuron: str, T: int, settings: dict) -> dict | None:
 def own_settings(config: dict) -> str:
     """What differs from the neuron's defaults, as "STAA, gc = False"."""
     default = whole(config["neuron"], config["T"], {})
-    others = [f"{k} = {v}" for k, v in config["neuron_settings"].items() if v != default[k]]
+    others = [f"{k} = {config['neuron_settings'][k]}" for k in default if config["neuron_settings"][k] != default[k]]
     return ", ".join([config["neuron"].upper(), *others])
 
 
@@ -238,10 +247,11 @@ def header(settings: Settings, runs: list[Record]) -> str:
 
 def save(table: pd.DataFrame, name: str, note: str):
     """figures/NAME.md, .csv, .tex and .html (a fragment for `staa.page`), each whole or not at all."""
+    caption = re.sub(r"([&%$#_{}])", r"\\\1", note)
     texts = {"md": f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{note}\n",
              "csv": table.to_csv(index=False),
              "html": f"{table.to_html(index=False, border=0)}\n<p>{html.escape(note)}</p>\n",
-             "tex": table.to_latex(index=False, escape=True, caption=note.replace("%", r"\%"), label=f"tab:{name}")}
+             "tex": table.to_latex(index=False, escape=True, caption=caption, label=f"tab:{name}")}
     for ending, text in texts.items():
         records.write(records.folder("figures") / f"{name}.{ending}", text.encode())
 

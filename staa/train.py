@@ -99,7 +99,7 @@ def _train(config: Config, place: Path, device, data_root, workers, log, peers: 
         raise TrainingError(f"the last batch of {config} has fewer images than there are processes ({peers.size}); "
                             "choose another batch_size or train_images.")
     if workers is None:
-        workers = 0 if config.dataset == "digits" else min(os.cpu_count() or 1, 8)
+        workers = 0 if config.dataset == "digits" else min(len(os.sched_getaffinity(0)), 8)
     with own_state(config, device):
         torch.manual_seed(data.mix(config.seed))
         network = new_network(config, len(train_set.classes))
