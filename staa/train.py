@@ -84,11 +84,11 @@ def own_state(config: Config, device: torch.device):
 def _train(config: Config, place: Path, device, data_root, workers, log) -> Record:
     code = commit()  # of the code that is loaded now: the checkout may move on while this runs
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    train_set, tests = data.load(config.dataset, True, data_root), evaluation_set(config, data_root)
+    train_set, tests = data.load_for(config, True, data_root), evaluation_set(config, data_root)
     test_set = tests.dataset
     indices = data.subset(train_set.targets, config.train_images) if config.train_images else range(len(train_set))
     if workers is None:
-        workers = 0 if config.dataset == "digits" else min(os.cpu_count() or 1, 8)
+        workers = 0 if config.dataset in ("digits", "digits-dvs") else min(os.cpu_count() or 1, 8)
     with own_state(config, device):
         torch.manual_seed(data.mix(config.seed))
         network = new_network(config, len(train_set.classes))
@@ -99,7 +99,7 @@ def _train(config: Config, place: Path, device, data_root, workers, log) -> Reco
         for epoch in range(len(epochs), config.epochs):
             start = time.perf_counter()
             torch.manual_seed(data.mix(config.seed, epoch + 1))  # an epoch's randomness needs no saved state
-            view = data.View(train_set, indices, augment, config.seed, epoch)
+            view = data.View(train_set, indices, augment, config.seed, epoch, mixup="mixup" in config.augment)
             loader = data.batches(view, config.batch_size, shuffle=True, workers=workers)
             loss, accuracy = train_epoch(network, optimizer, loader, config, epoch, device)
             loader = data.batches(tests, config.batch_size, shuffle=False, workers=workers)
@@ -143,7 +143,7 @@ def train_epoch(network, optimizer, loader, config: Config, epoch: int, device) 
             nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
         optimizer.step()
         losses.append(loss.detach() * len(y))
-        correct += (logits.argmax(1) == y).sum()
+        correct += (logits.argmax(1) == (y if y.dim() == 1 else y.argmax(1))).sum()  # mix-up: the larger share's class
         images += len(y)
     losses = torch.stack(losses).double()  # the one place where the host waits for a GPU
     if not losses.isfinite().all():
@@ -234,7 +234,7 @@ def new_network(config: Config, classes: int) -> torch.nn.Module:
 
 def evaluation_set(config: Config, data_root: Path | None = None) -> data.View:
     """The test set as a run sees it: every image, no augmentation."""
-    tests = data.load(config.dataset, False, data_root)
+    tests = data.load_for(config, False, data_root)
     return data.View(tests, range(len(tests)), data.transform(config.dataset, config.image_size))
 
 
