@@ -92,8 +92,8 @@ class Config:
         one_of("frames", self.frames, frames.FRAMES)
         names = self.augment.split("+")
         if self.augment != "none" and (len(set(names)) < len(names) or not set(names) <= set(frames.AUGMENTATIONS)):
-            raise ConfigError(f"augment of {self.dataset} must be none, or some of {', '.join(frames.AUGMENTATIONS)} with "
-                              f"+ between them, got {self.augment!r}")
+            raise ConfigError(f"augment of {self.dataset} must be none, or some of {', '.join(frames.AUGMENTATIONS)} "
+                              f"joined by +, got {self.augment!r}")
         if self.dataset == "dvsgesture" and "flip" in names:
             raise ConfigError("augment of dvsgesture must not hold flip: it makes a left hand of a right one, which is "
                               "another class")

@@ -120,8 +120,8 @@ def load(name: str, train: bool, root: Path | None = None) -> Dataset:
 
 
 def load_for(config, train: bool, root: Path | None = None) -> Dataset:
-    """The set as a run sees it before augmentation: (PIL image, label), or of events (frames (T, 2, H, W), label), cached
-    in runs/frames."""
+    """The set as a run sees it before augmentation: (PIL image, label), or of events (frames (T, 2, H, W), label) that
+    are cached in runs/frames."""
     found, about = load(config.dataset, train, root), describe(config.dataset)
     if not about.sensor:
         return found

@@ -46,8 +46,8 @@ def _read_dvsgesture(path: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Source:
-    """A published dataset: tonic's class; side of the sensor in pixels; class names to show; folders of training and test
-    recordings; the files' ending; what names the class of a file, and its names in the classes' order; the reader."""
+    """A published dataset: tonic's class; side of the sensor in pixels; class names to show; folders of training and
+    test recordings; the files' ending; what names a file's class, and those names in the classes' order; the reader."""
 
     tonic: str
     sensor: int
@@ -70,8 +70,8 @@ def _stem(path: Path) -> str:
 SOURCES = {
     "cifar10dvs": Source("CIFAR10DVS", 128, CIFAR, ("CIFAR10DVS", "CIFAR10DVS"), ".aedat4", _folder, CIFAR,
                          _read_cifar10dvs),
-    "dvsgesture": Source("DVSGesture", 128, GESTURES, ("DVSGesture/ibmGestureTrain", "DVSGesture/ibmGestureTest"), ".npy",
-                         _stem, [str(k) for k in range(11)], _read_dvsgesture),
+    "dvsgesture": Source("DVSGesture", 128, GESTURES, ("DVSGesture/ibmGestureTrain", "DVSGesture/ibmGestureTest"),
+                         ".npy", _stem, [str(k) for k in range(11)], _read_dvsgesture),
     "nmnist": Source("NMNIST", 34, DIGITS, ("NMNIST/Train", "NMNIST/Test"), ".bin", _folder, DIGITS, _read_nmnist),
 }
 
@@ -79,8 +79,8 @@ SOURCES = {
 class Recordings(Dataset):
     """A published dataset as (events, label), in the order of the classes' names and the files' numbers.
 
-    cifar10dvs: 9:1, the test recordings stand in data/splits/cifar10dvs.csv. dvsgesture: the official split by person, as
-    tonic cuts it. nmnist: the official split, of which any number of recordings may be present.
+    cifar10dvs: 9:1, the test recordings stand in data/splits/cifar10dvs.csv. dvsgesture: the official split by person,
+    as tonic cuts it. nmnist: the official split, of which any number of recordings may be present.
     Where nothing is there, tonic downloads it, or unpacks the archive that lies there. Raises DataError.
     """
 
@@ -92,15 +92,16 @@ class Recordings(Dataset):
         if not files:
             _download(self.source, train, root)
             files = self._files(folder)
-        count = Counter(map(self.source.label, files))
+        found = [self.source.label(path) for path in files]
+        count = Counter(found)
         for label in labels:
             if not count[label]:
-                raise DataError(f"the class {label} is missing in {folder}: it holds no recording of it; unpack the dataset "
-                                "again.")
+                raise DataError(f"the class {label} is missing in {folder}, which holds no recording of it; unpack the "
+                                "dataset again.")
             if name == "cifar10dvs" and count[label] != 1000:
-                raise DataError(f"the class {label} in {folder} must have 1,000 recordings, has {count[label]:,}; unpack "
-                                "the dataset again.")
-        self.samples = [(path, k) for k, label in enumerate(labels) for path in files if self.source.label(path) == label]
+                raise DataError(f"the class {label} in {folder} must have 1,000 recordings, has {count[label]:,}; "
+                                "unpack the dataset again.")
+        self.samples = [(path, k) for k, label in enumerate(labels) for path, own in zip(files, found) if own == label]
         if name == "cifar10dvs":
             test = cifar10dvs_test()
             self.samples = [sample for i, sample in enumerate(self.samples) if (i in test) != train]
@@ -144,9 +145,9 @@ def _download(source: Source, train: bool, root: Path):
     try:
         cls(str(root), **({} if source.tonic == "CIFAR10DVS" else {"train": train}))
     except Exception as error:  # the network's, the archive's or the disk's
-        raise DataError(f"{source.tonic} was looked for in {place}, is missing or damaged there and could not be downloaded"
-                        f" from {url} ({error}); place the official {archive} (MD5 {md5}) in {place}, or set STAA_DATA to"
-                        " the folder above it.") from None
+        raise DataError(f"{source.tonic} was looked for in {place}, is missing or damaged there and could not be "
+                        f"downloaded from {url} ({error}); place the official {archive} (MD5 {md5}) in {place}, or set "
+                        "STAA_DATA to the folder above it.") from None
 
 
 def checked(events: np.ndarray, sensor: int, what: str) -> np.ndarray:

@@ -104,7 +104,7 @@ def moving(image: np.ndarray, path: np.ndarray, size: int, background: float) ->
 class Simulated(Dataset):
     """digits-dvs: images (8 x 8, 0 to 255) as recordings of a 34 x 34 sensor, (events, label).
 
-    The image is enlarged to 24 x 24, shown with a contrast of 1 to 5 and moved once around a diamond of 4 pixels' radius
+    The image is enlarged to 24 x 24, shown with a contrast of 1 to 5 and moved once around a diamond of radius 4 pixels
     in 300 ms. These numbers are ours, chosen so that sensor, duration and number of events are near N-MNIST's.
     """
 
