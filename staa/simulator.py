@@ -64,8 +64,10 @@ class Sensor:
         nth = np.arange(crossed.sum()) - np.repeat(crossed.cumsum() - crossed, crossed) + 1  # 1, 2, ... in each
         interval, pixel = np.repeat(interval, crossed), np.repeat(pixel, crossed)
         sign = np.sign(counts[interval, pixel])
-        before, after = light[interval, pixel], light[interval + 1, pixel]
-        part = (memory[interval, pixel] + sign * nth * threshold[pixel] - before) / (after - before)
+        before, change = light[interval, pixel], light[interval + 1, pixel] - light[interval, pixel]
+        passed = memory[interval, pixel] + sign * nth * threshold[pixel] - before
+        # Rounding may put a threshold that was reached exactly into the next interval, even into one without change.
+        part = np.divide(passed, change, out=np.zeros_like(change), where=change != 0).clip(0, 1)
         t = times[interval] + part * (times[interval + 1] - times[interval])
         return self._events(pixel, t, sign > 0, times, np.random.RandomState(seed))
 
@@ -94,7 +96,7 @@ def moving(image: np.ndarray, path: np.ndarray, size: int, background: float) ->
     bilinear, background where the image does not reach."""
     h, w = image.shape
     grid = torch.arange(size) - (size - 1) / 2
-    path = torch.as_tensor(path, dtype=torch.float32)
+    path = torch.tensor(np.array(path), dtype=torch.float32)
     y, x = ((2 * (grid - path[:, axis, None]) / length) for axis, length in ((0, h), (1, w)))  # (N, size), -1 to 1
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
     source = torch.as_tensor(image - background, dtype=torch.float32).expand(len(path), 1, h, w)

@@ -103,7 +103,8 @@ def test_events_are_shown_as_frames_as_a_cloud_and_as_a_small_animation():
     assert len(html) < 500_000
     gif = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", html)[1])))
     assert gif.n_frames == 16 and gif.size == (204, 204)
-    cams = {name: {"layer 1 of 2": np.random.rand(34, 34), "layer 2 of 2": np.zeros((34, 34))} for name in ("lif", "staa")}
+    cams = {name: {"layer 1 of 2": np.random.rand(34, 34), "layer 2 of 2": np.zeros((34, 34))}
+            for name in ("lif", "staa")}
     figure = plots.grad_cam(frames, cams, np.eye(34) > 0)
     assert len([axes for sub in figure.subfigs for axes in sub.axes]) == 16 + 4
     for shown in (figure, cloud):

@@ -78,11 +78,13 @@ def test_event_count_scales_with_the_inverse_threshold():
 def test_mismatch_is_the_sensors_and_noise_the_recordings():
     sensor = Sensor(64, threshold=0.3, mismatch=0.05, noise=2.0)
     thresholds = sensor.thresholds()
-    assert (thresholds == sensor.thresholds()).all() and (thresholds != Sensor(64, 0.3, 0.05, seed=1).thresholds()).any()
+    assert (thresholds == sensor.thresholds()).all()
+    assert (thresholds != Sensor(64, 0.3, 0.05, seed=1).thresholds()).any()
     assert thresholds.mean() == pytest.approx(0.3, abs=0.003) and thresholds.std() == pytest.approx(0.05, rel=0.05)
     still = np.ones((41, 64, 64))
     noise = sensor.record(still, TIMES, seed=1)
-    assert len(noise) == pytest.approx(2.0 * 64 * 64 * 0.1, rel=0.15) and noise["p"].mean() == pytest.approx(0.5, abs=0.1)
+    assert len(noise) == pytest.approx(2.0 * 64 * 64 * 0.1, rel=0.15)
+    assert noise["p"].mean() == pytest.approx(0.5, abs=0.1)
     assert (np.diff(noise["t"]) >= 0).all() and (sensor.record(still, TIMES, seed=1) == noise).all()
     assert len(sensor.record(still, TIMES, seed=2)) != len(noise)
 
@@ -121,7 +123,8 @@ def test_a_bad_sensor_is_refused(settings, words):
 
 
 def test_a_bad_film_is_refused():
-    for film, times, words in ((np.zeros((3, 4, 4)), range(3), "an intensity must be above 0"),
-                               (np.ones((3, 4, 5)), range(3), "a film must be"), (np.ones((3, 4, 4)), [0, 2, 1], "rising")):
+    for film, times, words in ((np.zeros((3, 4, 4)), [0, 1, 2], "an intensity must be above 0"),
+                               (np.ones((3, 4, 5)), [0, 1, 2], "a film must be"),
+                               (np.ones((3, 4, 4)), [0, 2, 1], "rising")):
         with pytest.raises(ValueError, match=words):
             Sensor(4).record(film, np.array(times))
