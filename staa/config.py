@@ -8,11 +8,12 @@ from typing import get_type_hints
 
 import torch
 
+from . import frames
 from .data import AUGMENTATIONS, DATASETS, describe
 from .networks import NETWORKS, NEURONS, build
 
 #: Settings that came after the first records: left out of the hash at this value, so that older runs keep their name.
-LATER = {"microbatch": 0}
+LATER = {"microbatch": 0, "frames": ""}
 PRECISIONS = ("float32", "bf16")
 
 
@@ -31,7 +32,8 @@ class Config:
     dataset: str = "digits"            # a name of staa.data.DATASETS; "imagefolder:NAME" is the folder NAME
     image_size: int = 32               # pixels; CIFAR is 32
     train_images: int = 0              # 0: all; else a fixed subset, the same share of every class
-    augment: str = "none"              # a name of staa.data.AUGMENTATIONS
+    augment: str = "none"              # a name of staa.data.AUGMENTATIONS; of events some of staa.frames', "flip+roll"
+    frames: str = ""                   # of events only: T bins of equal "count" (what "" becomes) or equal "time"
     # network
     network: str = "resnet20"          # a name of staa.networks.NETWORKS
     width: float = 1.0                 # multiplies the channels of every layer
@@ -60,7 +62,7 @@ class Config:
         base, _, folder = self.dataset.partition(":")
         if base not in DATASETS or bool(folder) != (":" in self.dataset) or folder and base != "imagefolder":
             raise ConfigError(f"dataset must be one of {', '.join(DATASETS)} or imagefolder:NAME, got {self.dataset!r}")
-        one_of("augment", self.augment, AUGMENTATIONS)
+        self._check_data(describe(self.dataset))
         one_of("network", self.network, NETWORKS)
         one_of("neuron", self.neuron, NEURONS)
         one_of("precision", self.precision, PRECISIONS)
@@ -76,10 +78,28 @@ class Config:
                 raise ConfigError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if self.warmup_epochs > self.epochs:
             raise ConfigError(f"warmup_epochs must not exceed epochs ({self.epochs}), got {self.warmup_epochs}")
-        size = describe(self.dataset).size
-        if size and self.image_size != size:
-            raise ConfigError(f"image_size of {self.dataset} must be {size}, got {self.image_size}")
         self._check_network()
+
+    def _check_data(self, about):
+        """What the dataset decides: the size, how events become frames, and which augmentation there is."""
+        if about.size and self.image_size != about.size:
+            raise ConfigError(f"image_size of {self.dataset} must be {about.size}, got {self.image_size}")
+        if not about.sensor:
+            if self.frames:
+                raise ConfigError(f"frames is a setting of events, and {self.dataset} holds images: leave it out, got "
+                                  f"{self.frames!r}")
+            return one_of("augment", self.augment, AUGMENTATIONS)
+        if self.image_size > about.sensor:
+            raise ConfigError(f"image_size of {self.dataset} must be at most {about.sensor}, got {self.image_size}")
+        object.__setattr__(self, "frames", self.frames or frames.FRAMES[0])
+        one_of("frames", self.frames, frames.FRAMES)
+        names = self.augment.split("+")
+        if self.augment != "none" and (len(set(names)) < len(names) or not set(names) <= set(frames.AUGMENTATIONS)):
+            raise ConfigError(f"augment of {self.dataset} must be none, or some of {', '.join(frames.AUGMENTATIONS)} "
+                              f"joined by +, got {self.augment!r}")
+        if self.dataset == "dvsgesture" and "flip" in names:
+            raise ConfigError("augment of dvsgesture must not hold flip: it makes a left hand of a right one, which is "
+                              "another class")
 
     def _check_network(self):
         """Fill in the neuron's defaults, so that the record is whole, and let the network judge them."""
@@ -121,8 +141,11 @@ class Config:
         return hash(self.json)
 
     def but(self, **changes) -> "Config":
-        """The same run with other settings; another neuron starts from its own defaults."""
+        """The same run with other settings; another neuron starts from its own defaults, another dataset from its own
+        frames."""
         check_names(changes)
+        if changes.get("dataset", self.dataset) != self.dataset:
+            changes.setdefault("frames", "")
         if changes.get("neuron", self.neuron) != self.neuron:
             changes.setdefault("neuron_settings", {})
         return replace(self, **changes)

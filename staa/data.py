@@ -7,27 +7,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
-from .records import folder
-
-
-class DataError(RuntimeError):
-    """A dataset that is missing or damaged; the message is one sentence: what, where, how to get it."""
+from . import events, frames
+from .frames import Cutout
+from .records import DataError, folder
+from .simulator import Simulated
 
 
 @dataclass(frozen=True)
 class About:
-    """What is fixed about a dataset: input channels, size in pixels (0: any), mean and deviation of its channels."""
+    """What is fixed about a dataset: input channels, size in pixels (0: any), mean and deviation of its channels, and
+    of events the side of the sensor in pixels (0: a dataset of images)."""
 
     channels: int
     size: int
     mean: tuple
     std: tuple
     source: str
+    sensor: int = 0
 
 
 DATASETS = {
@@ -35,6 +35,10 @@ DATASETS = {
     "cifar10": About(3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR-10"),
     "cifar100": About(3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "CIFAR-100"),
     "imagefolder": About(3, 0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "a folder of images"),
+    "digits-dvs": About(2, 0, (), (), "events simulated from the digits", 34),  # counts of events: not normalised
+    "nmnist": About(2, 0, (), (), "N-MNIST", 34),
+    "cifar10dvs": About(2, 0, (), (), "CIFAR10-DVS", 128),
+    "dvsgesture": About(2, 0, (), (), "DVS128 Gesture", 128),
 }
 AUGMENTATIONS = ("none", "standard", "autoaugment", "imagenet")
 
@@ -43,31 +47,16 @@ def describe(name: str) -> About:
     return DATASETS[name.partition(":")[0]]
 
 
-class Cutout:
-    """Zero one square of `length` pixels whose centre is uniform over the image, clipped at the border (DeVries 2017).
-
-    torchvision's RandomErasing keeps the square inside the image, which is another distribution.
-    """
-
-    def __init__(self, length: int):
-        self.length = length
-
-    def __call__(self, image: Tensor) -> Tensor:
-        h, w = image.shape[-2:]
-        y, x = int(torch.randint(h, ())), int(torch.randint(w, ()))
-        half = self.length // 2
-        image = image.clone()
-        image[..., max(y - half, 0):y + half, max(x - half, 0):x + half] = 0
-        return image
-
-
 def transform(name: str, size: int, augment: str = "none") -> v2.Compose:
     """Image to normalised tensor (C, size, size), for training with an augmentation's name, for testing with "none".
 
     "standard": crop after padding by 4 (an eighth of 32 pixels) and flip. "autoaugment": and AutoAugment (CIFAR-10
-    policy) and Cutout 16, as the authors' code does. "imagenet": random resized crop and flip.
+    policy) and Cutout 16, as the authors' code does. "imagenet": random resized crop and flip. Of events: frames to
+    float32, augmented as `staa.frames.augmentation` says.
     """
     about = describe(name)
+    if about.sensor:
+        return v2.Compose([v2.ToDtype(torch.float32), *frames.augmentation(augment, size)])
     if about.size == size:
         fit = []
     elif about.channels == 1:
@@ -113,7 +102,7 @@ class Digits(Dataset):
 
 
 def load(name: str, train: bool, root: Path | None = None) -> Dataset:
-    """The training or the test set, as (PIL image, label); `.targets` and `.classes` as in torchvision.
+    """The training or the test set, as (PIL image, label) or (events, label); `.targets`, `.classes` as in torchvision.
 
     root defaults to the folder STAA_DATA, or data/sets. Raises DataError where the set is missing or damaged.
     """
@@ -121,9 +110,23 @@ def load(name: str, train: bool, root: Path | None = None) -> Dataset:
     base, _, sub = name.partition(":")
     if base == "digits":
         return Digits(train)
+    if base == "digits-dvs":
+        return Simulated(Digits(train))
+    if base in events.SOURCES:
+        return events.Recordings(base, train, root)
     if base == "imagefolder":
         return _image_folder(root / (sub or base), train)
     return _cifar({"cifar10": CIFAR10, "cifar100": CIFAR100}[base], root, train)
+
+
+def load_for(config, train: bool, root: Path | None = None) -> Dataset:
+    """The set as a run sees it before augmentation: (PIL image, label), or of events (frames (T, 2, H, W), label) that
+    are cached in runs/frames."""
+    found, about = load(config.dataset, train, root), describe(config.dataset)
+    if not about.sensor:
+        return found
+    return frames.Frames(found, fingerprint(found), T=config.T, by=config.frames, sensor=about.sensor,
+                         size=config.image_size)
 
 
 def _cifar(cls, root: Path, train: bool) -> Dataset:
@@ -180,8 +183,10 @@ def subset(targets: list[int], count: int) -> np.ndarray:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Twelve hex digits of SHA-256: of pixels and labels, or of a folder's file names and sizes."""
-    digest = hashlib.sha256()
+    """Twelve hex digits of SHA-256: of pixels and labels, or of a folder's file names and sizes. Frames have that of
+    their events, and simulated events that of their images and of how they are simulated."""
+    dataset = getattr(dataset, "recordings", dataset)
+    digest = hashlib.sha256(getattr(dataset, "recipe", "").encode())
     if hasattr(dataset, "data"):
         digest.update(np.ascontiguousarray(dataset.data).tobytes())
         digest.update(np.asarray(dataset.targets, dtype=np.int64).tobytes())
@@ -193,10 +198,14 @@ def fingerprint(dataset: Dataset) -> str:
 
 class View(Dataset):
     """Chosen indices of a dataset, transformed. Each sample's randomness depends on (seed, epoch, index) alone, so that
-    neither the number of worker processes nor an interruption changes what the network sees."""
+    neither the number of worker processes nor an interruption changes what the network sees.
 
-    def __init__(self, dataset: Dataset, indices, transform, seed: int = 0, epoch: int = 0):
+    mixup: each sample is mixed with another one by a share uniform in [0, 1] (Zhang et al. 2018, alpha = 1), and its
+    label is the shares of the classes, (K,)."""
+
+    def __init__(self, dataset: Dataset, indices, transform, seed: int = 0, epoch: int = 0, mixup: bool = False):
         self.dataset, self.indices, self.transform, self.seed, self.epoch = dataset, indices, transform, seed, epoch
+        self.mixup = mixup
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -205,7 +214,13 @@ class View(Dataset):
         image, label = self.dataset[int(self.indices[i])]
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(mix(self.seed, self.epoch, i))
-            return self.transform(image), label
+            if not self.mixup:
+                return self.transform(image), label
+            share, other = float(torch.rand(())), int(torch.randint(len(self), ()))
+            second, other_label = self.dataset[int(self.indices[other])]
+            label, other_label = torch.eye(len(self.dataset.classes))[[label, other_label]]
+            return (share * self.transform(image) + (1 - share) * self.transform(second),
+                    share * label + (1 - share) * other_label)
 
 
 def mix(*numbers: int) -> int:

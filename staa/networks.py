@@ -76,7 +76,7 @@ class BasicBlock(nn.Module):
         if stride == 1 and c_in == c_out:
             self.shortcut = nn.Identity()
         elif pool_shortcut:
-            self.shortcut = Steps(nn.AvgPool2d(stride), conv1x1(c_in, c_out), nn.BatchNorm2d(c_out))
+            self.shortcut = Steps(nn.AvgPool2d(stride, ceil_mode=True), conv1x1(c_in, c_out), nn.BatchNorm2d(c_out))
         else:
             self.shortcut = Steps(conv1x1(c_in, c_out, stride), nn.BatchNorm2d(c_out))
 

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from . import lemaire, records
 from .energy import Measurement
@@ -16,7 +17,8 @@ COLUMN, PAGE = 3.25, 6.875
 
 #: One colour a thing, in every figure; they differ in lightness too, so that they read in greyscale.
 COLORS = {"lif": "#0173b2", "staa": "#d55e00", "fsta": "#029e73", "statten": "#cc78bc", "ann": "#56595c",
-          "threshold": "#949494", "membrane": "#0173b2", "spike": "#000000", "input": "#de8f05"}
+          "threshold": "#949494", "membrane": "#0173b2", "spike": "#000000", "input": "#de8f05", "darker": "#0173b2",
+          "brighter": "#de8f05"}
 
 #: Grounds of the boxes in a diagram: pale, so that black text reads on them, and lighter from PE to SA in greyscale.
 BLOCKS = {"pe": "#e2a76f", "gc": "#9ccbe8", "sa": "#f3e2a0", "plain": "#ffffff", "ground": "#f2f2f2"}
@@ -73,6 +75,85 @@ def advantage(found: dict[str, Measurement], twin: Measurement, marked: float) -
     axes.set_yticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
     axes.minorticks_off()
     figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+def polarity(frame: np.ndarray, top: float) -> np.ndarray:
+    """(H, W, 3): counts of events (2, H, W), 0 darker, 1 brighter, as two colours on white, full from `top` on."""
+    image = np.ones((*frame.shape[1:], 3))
+    for counts, color in zip(frame, ("darker", "brighter")):
+        alpha = np.minimum(np.asarray(counts) / top, 1)[..., None]
+        image = (1 - alpha) * image + alpha * mpl.colors.to_rgb(COLORS[color])
+    return image
+
+
+def bright(frames: np.ndarray) -> float:
+    """The number of events that `polarity` draws in full colour: what one of ten pixels with events exceeds."""
+    frames = np.asarray(frames)
+    return float(np.quantile(frames[frames > 0], 0.9)) if (frames > 0).any() else 1.0
+
+
+def event_frames(frames: np.ndarray, figure: Figure | None = None) -> Figure:
+    """Frames (T, 2, H, W) side by side, about as many columns as rows, in two colours for the polarities."""
+    figure = figure or plt.figure(figsize=(COLUMN, COLUMN))
+    side = int(np.ceil(len(frames) ** 0.5))
+    axes = figure.subplots(-(-len(frames) // side), side, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for t, (axis, frame) in enumerate(zip(axes.flat, np.asarray(frames))):
+        axis.imshow(polarity(frame, bright(frames)), interpolation="nearest")
+        axis.set_title(f"t = {t + 1}", fontsize=6, pad=2)
+    return figure
+
+
+def event_cloud(events: np.ndarray, sensor: int, most: int = 4000) -> Figure:
+    """Events in space and time, every n-th of them where there are more than `most`."""
+    figure = plt.figure(figsize=(0.7 * PAGE, 3))
+    axes = figure.add_subplot(projection="3d")
+    events = events[::max(len(events) // most, 1)]
+    for p, name in enumerate(("darker", "brighter")):
+        own = events[events["p"] == p]
+        axes.scatter(own["t"] / 1000, own["x"], sensor - 1 - own["y"], s=1, color=COLORS[name], label=name, lw=0)
+    ticks = [0, sensor // 2, sensor]
+    axes.set(xlabel="t, ms", ylabel="x, pixels", zlabel="y, pixels", yticks=ticks, zticks=ticks)
+    axes.set_box_aspect((2, 1, 1), zoom=0.85)
+    axes.view_init(elev=18, azim=-60)
+    figure.legend(loc="outside upper center", ncols=2, markerscale=4)
+    return figure
+
+
+def event_animation(frames: np.ndarray, pixels: int = 204, milliseconds: int = 100):
+    """Frames (T, 2, H, W) as an animated GIF for a notebook, about `pixels` wide; it loops."""
+    from base64 import b64encode
+
+    from IPython.display import HTML
+    from PIL import Image
+
+    scale = max(pixels // frames.shape[-1], 1)
+    images = [Image.fromarray((255 * polarity(frame, bright(frames))).astype(np.uint8)) for frame in np.asarray(frames)]
+    images = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in images]
+    gif = io.BytesIO()
+    images[0].save(gif, "GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
+    content = b64encode(gif.getvalue()).decode()
+    return HTML(f'<img alt="{len(frames)} frames of events" src="data:image/gif;base64,{content}">')
+
+
+def grad_cam(frames: np.ndarray, found: dict[str, dict[str, np.ndarray]], outline: np.ndarray | None = None) -> Figure:
+    """Figure 4: frames (T, 2, H, W), and beside them a row a neuron of Grad-CAM maps (H, W) by layer, each scaled to
+    its own maximum. outline: the object's mask (H, W)."""
+    figure = plt.figure(figsize=(PAGE, 2.5))
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.9])
+    event_frames(frames, left)
+    axes = right.subplots(len(found), len(next(iter(found.values()))), squeeze=False)
+    for i, (row, (neuron, maps)) in enumerate(zip(axes, found.items())):
+        for axis, (layer, cam) in zip(row, maps.items()):
+            axis.imshow(cam, cmap="cividis", vmin=0, vmax=cam.max() or 1)
+            if outline is not None:
+                line = axis.contour(outline, [0.5], colors="white", linewidths=0.8)
+                line.set_path_effects([withStroke(linewidth=1.6, foreground="black")])
+            axis.set(xticks=[], yticks=[])
+            axis.set_title("" if i else layer, fontsize=7)
+        row[0].set_ylabel(neuron.upper())
     return figure
 
 

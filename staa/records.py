@@ -22,12 +22,16 @@ class RecordError(RuntimeError):
     """A record or a folder that cannot be used; the message is one sentence."""
 
 
+class DataError(RuntimeError):
+    """A dataset that is missing or damaged; the message is one sentence: what, where, how to get it."""
+
+
 def folder(kind: str) -> Path:
     """A folder by kind: "runs" (or STAA_RUNS), "figures" (STAA_FIGURES), "data" (data/sets, or STAA_DATA), "records",
-    "paper". Inside a checkout they are the project's, elsewhere they lie in the current folder."""
+    "paper", "splits". Inside a checkout they are the project's, elsewhere they lie in the current folder."""
     home = ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()
     default = {"runs": "runs", "figures": "figures", "data": "data/sets", "records": "data/records",
-               "paper": "data/paper"}[kind]
+               "paper": "data/paper", "splits": "data/splits"}[kind]
     return Path(os.environ.get(f"STAA_{kind.upper()}") or home / default)
 
 

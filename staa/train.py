@@ -91,15 +91,15 @@ def own_state(config: Config, device: torch.device):
 def _train(config: Config, place: Path, device, data_root, workers, log, peers: Peers) -> Record:
     code = records.commit()  # of the code that is loaded now: the checkout may move on while this runs
     if peers.size > 1:
-        peers.first(lambda: data.load(config.dataset, True, data_root) is not None)  # what is downloaded is so once
-    train_set, tests = data.load(config.dataset, True, data_root), evaluation_set(config, data_root)
+        peers.first(lambda: data.load_for(config, True, data_root) is not None)  # what is downloaded is so once
+    train_set, tests = data.load_for(config, True, data_root), evaluation_set(config, data_root)
     test_set = tests.dataset
     indices = data.subset(train_set.targets, config.train_images) if config.train_images else range(len(train_set))
     if peers.size > 1 and not config.microbatch and ((len(indices) - 1) % config.batch_size) + 1 < peers.size:
         raise TrainingError(f"the last batch of {config} has fewer images than there are processes ({peers.size}); "
                             "choose another batch_size or train_images.")
     if workers is None:
-        workers = 0 if config.dataset == "digits" else min(len(os.sched_getaffinity(0)), 8)
+        workers = 0 if config.dataset in ("digits", "digits-dvs") else min(len(os.sched_getaffinity(0)), 8)
     with own_state(config, device):
         torch.manual_seed(data.mix(config.seed))
         network = new_network(config, len(train_set.classes))
@@ -112,7 +112,7 @@ def _train(config: Config, place: Path, device, data_root, workers, log, peers: 
         for epoch in range(len(epochs), config.epochs):
             start = time.perf_counter()
             torch.manual_seed(data.mix(config.seed, epoch + 1))  # an epoch's randomness needs no saved state
-            view = data.View(train_set, indices, augment, config.seed, epoch)
+            view = data.View(train_set, indices, augment, config.seed, epoch, mixup="mixup" in config.augment)
             loader = data.batches(view, config.batch_size, shuffle=True, workers=workers)
             loader = peers.share(loader, config.microbatch)
             loss, accuracy = train_epoch(network, optimizer, loader, config, epoch, device, peers)
@@ -191,7 +191,8 @@ def gradient(network, x, y, config: Config, moment: tuple[int, int], whole: int,
         if statistics:
             statistics.add()
         total += loss.detach() * len(y)
-        counts += torch.stack([(logits.argmax(1) == y).sum(), torch.tensor(len(y), device=device)])
+        counts[0] += (logits.argmax(1) == (y if y.dim() == 1 else y.argmax(1))).sum()  # mix-up: the larger share's class
+        counts[1] += len(y)
     if statistics:
         statistics.settle(peers)
     return total
@@ -263,7 +264,7 @@ def new_network(config: Config, classes: int) -> torch.nn.Module:
 
 def evaluation_set(config: Config, data_root: Path | None = None) -> data.View:
     """The test set as a run sees it: every image, no augmentation."""
-    tests = data.load(config.dataset, False, data_root)
+    tests = data.load_for(config, False, data_root)
     return data.View(tests, range(len(tests)), data.transform(config.dataset, config.image_size))
 
 

@@ -52,11 +52,13 @@ def test_the_core_imports_need_no_more_than_torch_torchvision_and_numpy():
     code = ("import sys, json, staa; staa.build('resnet20', width=1/16); "
             "print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))")
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert not {"pandas", "matplotlib", "sklearn", "seaborn", "tonic", "IPython", "papermill"} & set(loaded)
+    assert not {"pandas", "matplotlib", "sklearn", "seaborn", "tonic", "captum", "IPython",
+                "papermill"} & set(loaded)
 
 
 def test_imports_go_downwards():
-    order = ["neuron", "attention", "networks", "records", "data", "samples", "config", "distributed", "checkpoint", "train", "experiments", "energy", "lemaire",
+    order = ["fused", "fused_staa", "neuron", "attention", "networks", "records", "simulator", "events", "frames", "data",
+             "samples", "config", "distributed", "checkpoint", "train", "experiments", "energy", "lemaire", "gradcam",
              "stats", "tables", "studies", "plots", "curves", "canvas", "diagrams", "sliders", "items", "page"]
     files = {path.stem: path for path in (ROOT / "staa").glob("*.py") if path.stem != "__init__"}
     assert set(files) == set(order), "a new module takes its place in this list and in the README"

@@ -1,0 +1,166 @@
+"""The published event datasets: CIFAR10-DVS, DVS128 Gesture and N-MNIST.
+
+tonic downloads and decodes; here is what it leaves open: any number of recordings, the fixed split of CIFAR10-DVS, and
+one sentence about a bad recording.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from . import records
+from .records import DataError
+from .simulator import EVENT
+
+CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+DIGITS = [str(k) for k in range(10)]
+GESTURES = ["hand clapping", "right hand wave", "left hand wave", "right arm clockwise", "right arm counter-clockwise",
+            "left arm clockwise", "left arm counter-clockwise", "arm roll", "air drums", "air guitar", "other gestures"]
+
+
+def _read_nmnist(path: Path) -> np.ndarray:
+    from tonic.io import read_mnist_file
+
+    if path.stat().st_size % 5:
+        raise ValueError("an event takes 5 bytes, and the last one is cut")
+    return read_mnist_file(path, dtype=np.dtype([("x", int), ("y", int), ("t", int), ("p", int)]))
+
+
+def _read_cifar10dvs(path: Path) -> np.ndarray:
+    from tonic.io import read_aedat4
+
+    events = read_aedat4(str(path))
+    events.dtype.names = ["t", "x", "y", "p"]
+    return events
+
+
+def _read_dvsgesture(path: Path) -> np.ndarray:
+    table = np.load(path)  # x, y, polarity, milliseconds
+    return np.rec.fromarrays([table[:, 0], table[:, 1], table[:, 2], table[:, 3] * 1000], names="x, y, p, t")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A published dataset: tonic's class; side of the sensor in pixels; class names to show; folders of training and
+    test recordings; the files' ending; what names a file's class, and those names in the classes' order; the reader."""
+
+    tonic: str
+    sensor: int
+    classes: list
+    folders: tuple
+    ending: str
+    label: Callable[[Path], str]
+    labels: list
+    read: Callable[[Path], np.ndarray]
+
+
+def _folder(path: Path) -> str:
+    return path.parent.name
+
+
+def _stem(path: Path) -> str:
+    return path.stem
+
+
+SOURCES = {
+    "cifar10dvs": Source("CIFAR10DVS", 128, CIFAR, ("CIFAR10DVS", "CIFAR10DVS"), ".aedat4", _folder, CIFAR,
+                         _read_cifar10dvs),
+    "dvsgesture": Source("DVSGesture", 128, GESTURES, ("DVSGesture/ibmGestureTrain", "DVSGesture/ibmGestureTest"),
+                         ".npy", _stem, [str(k) for k in range(11)], _read_dvsgesture),
+    "nmnist": Source("NMNIST", 34, DIGITS, ("NMNIST/Train", "NMNIST/Test"), ".bin", _folder, DIGITS, _read_nmnist),
+}
+
+
+class Recordings(Dataset):
+    """A published dataset as (events, label), in the order of the classes' names and the files' numbers.
+
+    cifar10dvs: 9:1, the test recordings stand in data/splits/cifar10dvs.csv. dvsgesture: the official split by person,
+    as tonic cuts it. nmnist: the official split, of which any number of recordings may be present.
+    Where nothing is there, tonic downloads it, or unpacks the archive that lies there. Raises DataError.
+    """
+
+    def __init__(self, name: str, train: bool, root: Path):
+        self.source, self.root = SOURCES[name], root
+        self.classes, labels = self.source.classes, self.source.labels
+        folder = root / self.source.folders[not train]
+        files = self._files(folder)
+        if not files:
+            _download(self.source, train, root)
+            files = self._files(folder)
+        found = [self.source.label(path) for path in files]
+        count = Counter(found)
+        for label in labels:
+            if not count[label]:
+                raise DataError(f"the class {label} is missing in {folder}, which holds no recording of it; unpack the "
+                                "dataset again.")
+            if name == "cifar10dvs" and count[label] != 1000:
+                raise DataError(f"the class {label} in {folder} must have 1,000 recordings, has {count[label]:,}; "
+                                "unpack the dataset again.")
+        self.samples = [(path, k) for k, label in enumerate(labels) for path, own in zip(files, found) if own == label]
+        if name == "cifar10dvs":
+            test = cifar10dvs_test()
+            self.samples = [sample for i, sample in enumerate(self.samples) if (i in test) != train]
+        self.targets = [label for _, label in self.samples]
+
+    def _files(self, folder: Path) -> list[Path]:
+        return sorted(folder.glob(f"**/*{self.source.ending}"), key=self._order)
+
+    @staticmethod
+    def _order(path: Path):
+        numbers = re.findall(r"\d+", path.stem)
+        return int(numbers[-1]) if numbers else -1, str(path)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int):
+        path, label = self.samples[i]
+        try:
+            events = self.source.read(path)
+        except Exception as error:  # each reader fails in its own ways
+            raise DataError(f"the recording {path} is truncated or damaged ({error}); replace or remove it.") from None
+        return checked(events, self.source.sensor, f"the recording {path}"), label
+
+
+def cifar10dvs_test() -> set[int]:
+    """Which of the 10,000 recordings, by class and then by number, are for testing: 100 of each class."""
+    lines = (records.folder("splits") / "cifar10dvs.csv").read_text().splitlines()[1:]
+    pairs = [line.split(",") for line in lines]
+    return {1000 * CIFAR.index(label) + int(number) for label, number in pairs}
+
+
+def _download(source: Source, train: bool, root: Path):
+    import tonic.datasets
+
+    cls = getattr(tonic.datasets, source.tonic)
+    part = "train" if train else "test"
+    archive, md5, url = (getattr(cls, name, None) or getattr(cls, f"{part}_{name.removeprefix('file_')}")
+                         for name in ("filename", "file_md5", "url"))
+    place = root / source.tonic
+    try:
+        cls(str(root), **({} if source.tonic == "CIFAR10DVS" else {"train": train}))
+    except Exception as error:  # the network's, the archive's or the disk's
+        raise DataError(f"{source.tonic} was looked for in {place}, is missing or damaged there and could not be "
+                        f"downloaded from {url} ({error}); place the official {archive} (MD5 {md5}) in {place}, or set "
+                        "STAA_DATA to the folder above it.") from None
+
+
+def checked(events: np.ndarray, sensor: int, what: str) -> np.ndarray:
+    """The events as EVENT. Raises DataError where there is none, one lies outside the sensor, or they are unsorted."""
+    if not len(events):
+        raise DataError(f"{what} holds no event; replace or remove it.")
+    for axis in "xy":
+        if events[axis].min() < 0 or events[axis].max() >= sensor:
+            raise DataError(f"{what} has events outside its sensor of {sensor} x {sensor} pixels; replace or remove it"
+                            ".")
+    if (events["t"][1:] < events["t"][:-1]).any():
+        raise DataError(f"{what} has unsorted time stamps; replace or remove it.")
+    found = np.empty(len(events), EVENT)
+    for name in EVENT.names:
+        found[name] = events[name]
+    return found
