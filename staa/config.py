@@ -11,6 +11,7 @@ import torch
 from .data import AUGMENTATIONS, DATASETS, describe
 from .networks import NETWORKS, NEURONS, build
 
+OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("float32", "bf16")
 
 
@@ -32,15 +33,17 @@ class Config:
     augment: str = "none"              # a name of staa.data.AUGMENTATIONS
     # network
     network: str = "resnet20"          # a name of staa.networks.NETWORKS
+    network_settings: dict = field(default_factory=dict)  # the network's own, like {"chunk": 4} of a statten
     width: float = 1.0                 # multiplies the channels of every layer
     neuron: str = "staa"               # a name of staa.networks.NEURONS
     neuron_settings: dict = field(default_factory=dict)  # the neuron's own, like {"r": 8}; the rest are its defaults
     T: int = 4                         # time steps
-    # training: SGD, cosine schedule down to 0
+    # training: cosine schedule down to 0
+    optimizer: str = "sgd"             # "sgd" or "adamw"
     epochs: int = 1
     batch_size: int = 128
     lr: float = 0.1
-    momentum: float = 0.9
+    momentum: float = 0.9              # of SGD; with AdamW its beta_1
     weight_decay: float = 5e-4
     warmup_epochs: int = 0             # the learning rate rises linearly over these epochs
     label_smoothing: float = 0.0
@@ -60,6 +63,7 @@ class Config:
         one_of("augment", self.augment, AUGMENTATIONS)
         one_of("network", self.network, NETWORKS)
         one_of("neuron", self.neuron, NEURONS)
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("precision", self.precision, PRECISIONS)
         for name, least in {"T": 1, "epochs": 1, "batch_size": 1, "image_size": 1, "threads": 1, "train_images": 0,
                             "seed": 0, "warmup_epochs": 0, "clip_norm": 0, "weight_decay": 0}.items():
@@ -76,24 +80,31 @@ class Config:
         size = describe(self.dataset).size
         if size and self.image_size != size:
             raise ConfigError(f"image_size of {self.dataset} must be {size}, got {self.image_size}")
+        if self.dataset == "digits-rows" and self.image_size % self.T:
+            raise ConfigError(f"image_size of digits-rows must be a multiple of T={self.T}, got {self.image_size}")
         self._check_network()
 
     def _check_network(self):
-        """Fill in the neuron's defaults, so that the record is whole, and let the network judge them."""
-        allowed = settings_of(NEURONS[self.neuron])
-        for name in self.neuron_settings:
-            if name not in allowed:
-                raise ConfigError(f"neuron_settings of {self.neuron} must be among {', '.join(allowed)}, got {name!r}")
-        settings = {name: typed(f"neuron_settings {name}", self.neuron_settings.get(name, default), kind)
-                    for name, (kind, default) in allowed.items()}
+        """Fill in the defaults of neuron and network, so that the record is whole, and let the network judge them."""
+        for what, constructor in (("neuron", NEURONS[self.neuron]), ("network", NETWORKS[self.network])):
+            object.__setattr__(self, f"{what}_settings", self._checked(what, settings_of(constructor)))
         try:
             with torch.device("meta"):  # the network's shapes alone
-                least = build(self.network, self.neuron, T=self.T, width=self.width, **settings).min_size
+                least = build(self.network, self.neuron, T=self.T, width=self.width,
+                              network_settings=self.network_settings, **self.neuron_settings).min_size
         except ValueError as error:
             raise ConfigError(str(error)) from None
         if self.image_size < least:
             raise ConfigError(f"image_size of {self.network} must be at least {least}, got {self.image_size}")
-        object.__setattr__(self, "neuron_settings", settings)
+
+    def _checked(self, what: str, allowed: dict) -> dict:
+        """neuron_settings or network_settings, whole and typed."""
+        name, given = f"{what}_settings", getattr(self, f"{what}_settings")
+        for key in given:
+            if key not in allowed:
+                must = f"be among {', '.join(allowed)}" if allowed else "be empty"
+                raise ConfigError(f"{name} of {getattr(self, what)} must {must}, got {key!r}")
+        return {key: typed(f"{name} {key}", given.get(key, default), kind) for key, (kind, default) in allowed.items()}
 
     @property
     def json(self) -> str:
@@ -117,10 +128,11 @@ class Config:
         return hash(self.json)
 
     def but(self, **changes) -> "Config":
-        """The same run with other settings; another neuron starts from its own defaults."""
+        """The same run with other settings; another neuron or network starts from its own defaults."""
         check_names(changes)
-        if changes.get("neuron", self.neuron) != self.neuron:
-            changes.setdefault("neuron_settings", {})
+        for what in ("neuron", "network"):
+            if changes.get(what, getattr(self, what)) != getattr(self, what):
+                changes.setdefault(f"{what}_settings", {})
         return replace(self, **changes)
 
     @classmethod
@@ -152,12 +164,19 @@ def typed(name: str, value, kind: type):
     return value
 
 
-def settings_of(neuron: type) -> dict[str, tuple[type, object]]:
-    """The keyword-only settings of a neuron's constructor and of its bases': name -> (type, default)."""
-    found = {}
-    for cls in inspect.getmro(neuron):
+def settings_of(constructor) -> dict[str, tuple[type, object]]:
+    """The settings of a neuron or a network: name -> (type, default).
+
+    They are the keyword-only parameters with a default, and those of the base where **kwargs hand them on. A partial
+    may change a default; what it fixes has none.
+    """
+    found, fixed = {}, getattr(constructor, "keywords", {})
+    for cls in inspect.getmro(getattr(constructor, "func", constructor)):
         if "__init__" in vars(cls) and cls.__module__.partition(".")[0] != "torch":
-            for p in inspect.signature(cls.__init__).parameters.values():
-                if p.kind is p.KEYWORD_ONLY:
-                    found.setdefault(p.name, (p.annotation, p.default))
+            parameters = inspect.signature(cls.__init__).parameters.values()
+            for p in parameters:
+                if p.kind is p.KEYWORD_ONLY and p.default is not p.empty:
+                    found.setdefault(p.name, (p.annotation, fixed.get(p.name, p.default)))
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
     return found

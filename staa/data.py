@@ -32,10 +32,12 @@ class About:
 
 DATASETS = {
     "digits": About(1, 0, (0.30518,), (0.37599,), "scikit-learn's 1,797 handwritten digits"),
+    "digits-rows": About(1, 0, (0.30518,), (0.37599,), "the same digits, a few rows a time step, see `Rows`"),
     "cifar10": About(3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR-10"),
     "cifar100": About(3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "CIFAR-100"),
     "imagefolder": About(3, 0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "a folder of images"),
 }
+EMBEDDED = ("digits", "digits-rows")
 AUGMENTATIONS = ("none", "standard", "autoaugment", "imagenet")
 
 
@@ -61,8 +63,20 @@ class Cutout:
         return image
 
 
-def transform(name: str, size: int, augment: str = "none") -> v2.Compose:
-    """Image to normalised tensor (C, size, size), for training with an augmentation's name, for testing with "none".
+class Rows:
+    """Image (C, H, W) to frames (T, C, H, W): frame t shows the t-th H/T rows in their place, and black elsewhere."""
+
+    def __init__(self, T: int):
+        self.T = T
+
+    def __call__(self, image: Tensor) -> Tensor:
+        step = torch.arange(image.shape[-2]) // (image.shape[-2] // self.T)
+        return image * (step[:, None] == torch.arange(self.T)[:, None, None, None])
+
+
+def transform(name: str, size: int, augment: str = "none", T: int = 1) -> v2.Compose:
+    """Image to normalised tensor (C, size, size), for training with an augmentation's name, for testing with "none";
+    to frames (T, C, size, size) where the dataset is a sequence.
 
     "standard": crop after padding by 4 (an eighth of 32 pixels) and flip. "autoaugment": and AutoAugment (CIFAR-10
     policy) and Cutout 16, as the authors' code does. "imagenet": random resized crop and flip.
@@ -82,7 +96,8 @@ def transform(name: str, size: int, augment: str = "none") -> v2.Compose:
         steps = fit + [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
         if augment == "autoaugment":
             steps += [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)]
-    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(about.mean, about.std)]
+    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)] + [Rows(T)] * (name == "digits-rows")
+    steps += [v2.Normalize(about.mean, about.std)]
     if augment == "autoaugment":
         steps += [Cutout(16)]
     return v2.Compose(steps)
@@ -119,7 +134,7 @@ def load(name: str, train: bool, root: Path | None = None) -> Dataset:
     """
     root = Path(root) if root else folder("data")
     base, _, sub = name.partition(":")
-    if base == "digits":
+    if base in EMBEDDED:
         return Digits(train)
     if base == "imagefolder":
         return _image_folder(root / (sub or base), train)

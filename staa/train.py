@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from . import data, records
 from .config import Config, ConfigError
 from .networks import build, firing_rates
+from .optimizer import learning_rate, new_optimizer
 from .records import Record
 
 
@@ -88,14 +89,14 @@ def _train(config: Config, place: Path, device, data_root, workers, log) -> Reco
     test_set = tests.dataset
     indices = data.subset(train_set.targets, config.train_images) if config.train_images else range(len(train_set))
     if workers is None:
-        workers = 0 if config.dataset == "digits" else min(os.cpu_count() or 1, 8)
+        workers = 0 if config.dataset in data.EMBEDDED else min(os.cpu_count() or 1, 8)
     with own_state(config, device):
         torch.manual_seed(data.mix(config.seed))
         network = new_network(config, len(train_set.classes))
         network.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
-        optimizer = torch.optim.SGD(network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+        optimizer = new_optimizer(config, network.parameters())
         epochs, seconds = resume(place / "checkpoint.pt", network, optimizer)
-        augment = data.transform(config.dataset, config.image_size, config.augment)
+        augment = data.transform(config.dataset, config.image_size, config.augment, config.T)
         for epoch in range(len(epochs), config.epochs):
             start = time.perf_counter()
             torch.manual_seed(data.mix(config.seed, epoch + 1))  # an epoch's randomness needs no saved state
@@ -127,7 +128,7 @@ def _train(config: Config, place: Path, device, data_root, workers, log) -> Reco
 
 
 def train_epoch(network, optimizer, loader, config: Config, epoch: int, device) -> tuple[float, float]:
-    """One pass of SGD; mean loss and accuracy in percent over the images as they were seen."""
+    """One pass over the data; mean loss and accuracy in percent over the images as they were seen."""
     network.train()
     losses, correct, images = [], torch.zeros((), dtype=torch.int64, device=device), 0
     for step, (x, y) in enumerate(loader):
@@ -185,12 +186,6 @@ def autocast(device, config: Config):
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
-def learning_rate(config: Config, progress: float) -> float:
-    """After `progress` epochs: linear warm-up over warmup_epochs, times a cosine from lr down to 0."""
-    warmup = min((progress + 1 / 2) / config.warmup_epochs, 1.0) if config.warmup_epochs else 1.0
-    return warmup * config.lr * (1 + math.cos(math.pi * progress / config.epochs)) / 2
-
-
 def save(path: Path, state: dict):
     """Tensors and plain values to a file, whole or not at all."""
     buffer = io.BytesIO()
@@ -229,13 +224,13 @@ def trained(record: Record) -> torch.nn.Module:
 
 def new_network(config: Config, classes: int) -> torch.nn.Module:
     return build(config.network, config.neuron, classes, config.T, data.describe(config.dataset).channels, config.width,
-                 **config.neuron_settings)
+                 config.network_settings, **config.neuron_settings)
 
 
 def evaluation_set(config: Config, data_root: Path | None = None) -> data.View:
     """The test set as a run sees it: every image, no augmentation."""
     tests = data.load(config.dataset, False, data_root)
-    return data.View(tests, range(len(tests)), data.transform(config.dataset, config.image_size))
+    return data.View(tests, range(len(tests)), data.transform(config.dataset, config.image_size, T=config.T))
 
 
 def read(path: Path) -> dict:
