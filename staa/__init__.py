@@ -10,5 +10,5 @@ from .statten import STAttenLIF
 from .train import run
 
 __version__ = "0.1.0"
-__all__ = ["LIF", "STAALIF", "FSTALIF", "STAttenLIF", "PositionEncoding", "GlobalContext", "StepAttention", "rectangle", "build", "neurons",
-           "firing_rates", "NETWORKS", "NEURONS", "Config", "Record", "run"]
+__all__ = ["LIF", "STAALIF", "FSTALIF", "STAttenLIF", "PositionEncoding", "GlobalContext", "StepAttention", "rectangle",
+           "build", "neurons", "firing_rates", "NETWORKS", "NEURONS", "Config", "Record", "run"]

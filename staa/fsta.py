@@ -6,9 +6,8 @@
     X_s  = X_t a + X_t                                                                (a one number a place)
     X~   = (t X_t + s X_s) / 2
 
-and X~ is the current of a plain LIF neuron. The forms and the starting values alpha = beta = 0.5, t = 0.6 and s = 0.5 are
-those of the authors' public code; the DCT is computed, not stored. At the start X~ is about 1.01 X: all gates stand near
-1/2. On a feature map of 1 x 1 every pooling is the number itself, and of the k x k window and the 7 x 7 kernel only the
+and X~ is the current of a plain LIF neuron. The forms and the starting values alpha = beta = 0.5, t = 0.6 and s = 0.5
+are those of the authors' public code; the DCT is computed, not stored. With both gates at 1/2 X~ is 1.0125 X. On a feature map of 1 x 1 every pooling is the number itself, and of the k x k window and the 7 x 7 kernel only the
 centre meets anything but padding: the spatial gate is then one learned function of the sum over the channels.
 """
 
@@ -109,6 +108,7 @@ class FSTALIF(LIF):
         self.T, self.slope = T, slope
         self.temporal = TemporalAmplitude(T) if temporal else None
         self.spatial = SpatialFrequency(k, reduction) if spatial else None
+        self.gates = temporal + 3 * spatial  # multiplications of each number of X by g, a, t and s
         if spatial:
             self.t, self.s = nn.Parameter(torch.tensor(0.6)), nn.Parameter(torch.tensor(0.5))
 

@@ -97,7 +97,7 @@ def differences(runs: list[Record]) -> str:
 
     groups = defaultdict(list)
     for run in runs:
-        groups[str(sorted(run.config["neuron_settings"].items()))].append(run.accuracy)
+        groups[Config.from_dict(run.config).but(seed=0).hash].append(run.accuracy)
     k, n = len(groups), min(map(len, groups.values()), default=0)
     if k < 2:
         return "Fewer than two rows were run: there is nothing to compare."
@@ -170,7 +170,7 @@ def results() -> pd.DataFrame:
     for group in groups.values():
         c, first = group[0].config, group[0]
         rates = [statistics.mean(r.outcome["firing_rates"].values()) for r in group]
-        rows.append({"Dataset": LABELS.get(c["dataset"], c["dataset"]), "Network": ARCHITECTURES[c["network"]],
+        rows.append({"Dataset": LABELS.get(c["dataset"], c["dataset"]), "Network": ARCHITECTURES.get(c["network"], c["network"]),
                      "T": c["T"], "Neuron": c["neuron"].upper(), "Training": f"{training(first)}, lr {c['lr']:g}",
                      "Test accuracy, %": mean_sd(group), "Firing rate": f"{statistics.mean(rates):.3f}",
                      "Parameters": f"{first.outcome['parameters']:,}",

@@ -56,8 +56,8 @@ def test_the_core_imports_need_no_more_than_torch_torchvision_and_numpy():
 
 
 def test_imports_go_downwards():
-    order = ["neuron", "attention", "networks", "records", "data", "config", "train", "experiments", "energy", "lemaire",
-             "tables", "plots", "canvas", "diagrams", "sliders"]
+    order = ["neuron", "attention", "fsta", "networks", "statten", "records", "data", "config", "optimizer", "train",
+             "experiments", "energy", "lemaire", "tables", "plots", "siblings", "canvas", "diagrams", "sliders"]
     files = {path.stem: path for path in (ROOT / "staa").glob("*.py") if path.stem != "__init__"}
     assert set(files) == set(order), "a new module takes its place in this list and in the README"
     for name, path in files.items():
