@@ -8,10 +8,10 @@ layer sees is decided by what arrives at it on data, 0 and 1 only or not, and by
 
 Counted: convolutions and linear layers, zero padding included, and, by themselves, the attention's context product
 (eq. 8) and the mixing by M and N (eq. 14), which are no layers; likewise FSTA's DCT and gates, and STAtten's products
-and masks, whose left operand is spikes and sets their rate [ours]. BN is folded into the convolution before it, as it is
-at inference, unless `bn_folded=False` counts a MAC for every number it scales. Not counted: biases, residual additions,
-pooling, the plain neuron's fixed leak, softmax, normalisation and sigmoids of the attention; the paper's counts leave
-no room for them [ours].
+and masks, whose left operand is spikes and sets their rate [ours]. BN is folded into the convolution before it, as it
+is at inference, unless `bn_folded=False` counts a MAC for every number it scales. Not counted: biases, residual
+additions, pooling, the plain neuron's fixed leak, softmax, normalisation and sigmoids of the attention; the paper's
+counts leave no room for them [ours].
 
 `staa.lemaire` adds what this leaves out: memory traffic and addressing.
 """

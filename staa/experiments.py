@@ -182,8 +182,8 @@ def statten(settings: Settings) -> list[Config]:
 
 
 def rows(settings: Settings) -> list[Config]:
-    """STAtten's sequential task, at every preset: 8 x 8 digits, two rows a step, joint attention over all steps."""
-    T = settings.changes.get("T", 4)
+    """STAtten's sequential task, at every preset: 8 x 8 digits, one row a step, joint attention over all steps."""
+    T = settings.changes.get("T", 8)
     item = {k: v for k, v in SMALL_TRANSFORMER.items() if k not in settings.changes or k == "augment"}
     return transformers(settings, T, **item | {"T": T, "dataset": "digits-rows"})
 

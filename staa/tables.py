@@ -170,8 +170,9 @@ def results() -> pd.DataFrame:
     for group in groups.values():
         c, first = group[0].config, group[0]
         rates = [statistics.mean(r.outcome["firing_rates"].values()) for r in group]
-        rows.append({"Dataset": LABELS.get(c["dataset"], c["dataset"]), "Network": ARCHITECTURES.get(c["network"], c["network"]),
-                     "T": c["T"], "Neuron": c["neuron"].upper(), "Training": f"{training(first)}, lr {c['lr']:g}",
+        rows.append({"Dataset": LABELS.get(c["dataset"], c["dataset"]),
+                     "Network": ARCHITECTURES.get(c["network"], c["network"]), "T": c["T"],
+                     "Neuron": c["neuron"].upper(), "Training": f"{training(first)}, lr {c['lr']:g}",
                      "Test accuracy, %": mean_sd(group), "Firing rate": f"{statistics.mean(rates):.3f}",
                      "Parameters": f"{first.outcome['parameters']:,}",
                      "Minutes a run": f"{statistics.mean(r.provenance['seconds'] for r in group) / 60:.0f}",

@@ -221,7 +221,9 @@ def test_every_weight_layer_receives_spikes(name, event):
     real = [op.name for op in found.operations if op.sees == "real numbers"]
     assert real == ([] if event else ["embed.0.0"])
     inner = {op.what for op in found.operations if op.name.endswith((".context", ".read"))}
-    assert inner == {"attention mask" if name.startswith("sdt") else "attention product"} and not found.undecided
+    assert inner == {"attention mask" if name.startswith("sdt") else "attention product"}
+    assert len(found.operations) == 5 + 2 * (4 + 2 + 2) + 1
+    assert len(found.undecided) <= 2, "an untrained block's attention may fall silent"
 
 
 def test_joint_attention_takes_as_many_multiply_adds_as_spatial_attention():
@@ -296,8 +298,8 @@ def test_one_step_of_the_rows_does_not_suffice():
     from sklearn.linear_model import LogisticRegression
 
     train, test = data.Digits(True), data.Digits(False)
-    x, y = ([np.asarray(d.data, float).reshape(-1, 4, 16) / 255, d.targets] for d in (train, test))
-    scores = [LogisticRegression(max_iter=200).fit(x[0][:, t], x[1]).score(y[0][:, t], y[1]) for t in range(4)]
+    x, y = ([np.asarray(d.data, float).reshape(-1, 8, 8) / 255, d.targets] for d in (train, test))
+    scores = [LogisticRegression(max_iter=200).fit(x[0][:, t], x[1]).score(y[0][:, t], y[1]) for t in range(8)]
     whole = LogisticRegression(max_iter=200).fit(x[0].reshape(-1, 64), x[1]).score(y[0].reshape(-1, 64), y[1])
     assert max(scores) < 0.65 and whole > 0.9
 
@@ -310,17 +312,20 @@ def test_adamw_takes_momentum_as_its_first_beta():
     assert (group["betas"], group["lr"], group["weight_decay"]) == ((0.8, 0.999), 0.1, 0.01)
 
 
-@pytest.mark.parametrize("preset", experiments.PRESETS)
+@pytest.mark.parametrize("preset", ["smoke", "paper"])
 def test_the_grids_differ_in_the_compared_thing_only_and_share_their_runs(preset):
-    asked = experiments.Settings(preset, 3, {})
+    asked = experiments.Settings(preset, 1, {})
     fsta, statten, rows = (grid(asked) for grid in (experiments.fsta, experiments.statten, experiments.rows))
-    assert len(set(fsta)) == 12 and len(set(statten)) == len(set(rows)) == 9
-    assert len({c.but(neuron="lif", seed=0) for c in fsta}) == 1
-    for grid, chunk in ((statten, 2), (rows, 4)):
-        assert len({c.but(network="resnet20", image_size=32, seed=0) for c in grid}) == 1
+    assert len(set(fsta)) == 8 and len(set(statten)) == len(set(rows)) == 6, "two seeds at least"
+    compared = {"neuron", "network", "neuron_settings", "network_settings", "seed"}
+    for grid in (fsta, statten, rows):
+        assert len({str({k: v for k, v in vars(c).items() if k not in compared}) for c in grid}) == 1
+    for grid, chunk in ((statten, 2), (rows, 8)):
         assert {c.network_settings.get("chunk") for c in grid} == {chunk, 1, None}
-    assert set(experiments.siblings(asked)) < {*fsta, *statten}
-    assert len({(c.dataset, c.epochs, c.T, c.image_size, c.train_images) for c in experiments.siblings(asked)}) == 1
+        assert len({(c.neuron, c.network_settings["pools"]) for c in grid}) == 1
+    found = experiments.siblings(asked)
+    assert set(found) < {*fsta, *statten} and len(found) == 6
+    assert len({(c.dataset, c.epochs, c.T, c.image_size, c.train_images) for c in found}) == 1
 
 
 def test_a_readers_size_is_the_size_of_all_transformers():
