@@ -8,7 +8,7 @@ import scipy.fft
 import torch
 from torch import nn
 
-from staa import LIF, NEURONS, Config, build, data, energy, experiments, firing_rates, neurons, siblings
+from staa import LIF, NEURONS, Config, build, data, energy, experiments, firing_rates, neurons, siblings, train
 from staa.fsta import DCT, FSTALIF, TemporalAmplitude, dct
 from staa.optimizer import new_optimizer
 from staa.statten import JointAttention, STAttenLIF, attention_maps, half_threshold
@@ -205,7 +205,8 @@ def test_the_scale_is_one_over_h_or_for_events_over_h_h_c(event):
 def test_sdt_masks_queries_by_channel():
     attention, seen = build("sdt-2-256", "statten", width=1 / 16).blocks[0].attention.eval(), {}
     for name in ("q", "k", "v"):
-        getattr(attention, name).register_forward_hook(lambda _, x, y, name=name: seen.update({name: spikes(*y.shape)}) or seen[name])
+        seen[name] = spikes(4, 2, 16, 3, 3)
+        getattr(attention, name).register_forward_hook(lambda _, x, y, name=name: seen[name])
     attention.project.register_forward_pre_hook(lambda _, x: seen.update(out=x[0]))
     attention(torch.randn(4, 2, 16, 3, 3))
     gate = STAttenLIF(v_th=0.5)((seen["k"] * seen["v"]).sum((3, 4)))
@@ -297,8 +298,8 @@ def test_rows_show_each_row_once_and_in_its_place():
 def test_one_step_of_the_rows_does_not_suffice():
     from sklearn.linear_model import LogisticRegression
 
-    train, test = data.Digits(True), data.Digits(False)
-    x, y = ([np.asarray(d.data, float).reshape(-1, 8, 8) / 255, d.targets] for d in (train, test))
+    digits = data.Digits(True), data.Digits(False)
+    x, y = ([np.asarray(d.data, float).reshape(-1, 8, 8) / 255, d.targets] for d in digits)
     scores = [LogisticRegression(max_iter=200).fit(x[0][:, t], x[1]).score(y[0][:, t], y[1]) for t in range(8)]
     whole = LogisticRegression(max_iter=200).fit(x[0].reshape(-1, 64), x[1]).score(y[0].reshape(-1, 64), y[1])
     assert max(scores) < 0.65 and whole > 0.9
@@ -342,3 +343,22 @@ def test_spectra_have_the_energy_of_the_spikes():
     found = siblings.spectra(network, [(x[:3], None), (x[3:], None)])
     mean = {name: float(e.sum((1, 2)).mean()) / e[0].numel() for name, e in found.items()}
     assert mean == pytest.approx(rates(), rel=1e-4) and list(found) == list(neurons(network))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_an_interrupted_transformer_continues_with_adamw_on_rows(precision, tmp_path, monkeypatch):
+    config = Config(dataset="digits-rows", image_size=8, T=2, network="statten-2-256", neuron="statten", width=1 / 16,
+                    network_settings={"pools": "0011"}, optimizer="adamw", lr=3e-3, epochs=2, train_images=64,
+                    batch_size=32, precision=precision)
+
+    def interrupt(line):
+        if "epoch 1/" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config, device="cpu", log=interrupt)
+    continued = train.run(config, device="cpu", log=lambda line: None)
+    monkeypatch.setenv("STAA_RUNS", str(tmp_path / "others"))
+    undisturbed = train.run(config, device="cpu", log=lambda line: None)
+    assert continued.outcome == undisturbed.outcome and len(continued.outcome["epochs"]) == 2
+    assert continued.config["network_settings"] == {"heads": 8, "chunk": 2, "pools": "0011", "event": False}
