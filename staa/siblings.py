@@ -175,6 +175,7 @@ def figure_attention(images: Tensor, maps: dict[str, list[Tensor]], T: int) -> F
     for t, axes in enumerate(np.atleast_1d(above.subplots(1, T))):
         axes.imshow(images[t], cmap="gray_r")
         axes.set(xticks=[], yticks=[], title=f"step {t + 1}")
+        axes.spines[:].set_visible(True)
     whole = {name: torch.stack([torch.block_diag(*(m + 1e-9)) for m in blocks]).mean(0)
              for name, blocks in maps.items()}
     top = max(float(m.max()) for m in whole.values())

@@ -215,7 +215,7 @@ def header(settings: Settings, runs: list[Record]) -> str:
     text = (f"This run: preset {settings.preset}, dataset {', '.join(datasets)}, {runs[0].config['epochs']} epochs, "
             f"width {', '.join(f'{width:g}' for width in widths)}, "
             f"{settings.seeds} seed{'s' * (settings.seeds > 1)}; test accuracy of the last epoch in percent.")
-    if "digits" in datasets:
+    if any(name.startswith("digits") for name in datasets):
         text += " These are 8 x 8 handwritten digits, not CIFAR: the numbers show that everything works, nothing more."
     elif settings.preset != "paper" or settings.changes:
         text += " This is not the paper's setting: the numbers are no reproduction of it."
