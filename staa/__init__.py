@@ -2,11 +2,13 @@
 
 from .attention import GlobalContext, PositionEncoding, STAALIF, StepAttention
 from .config import Config
+from .fsta import FSTALIF
 from .networks import NETWORKS, NEURONS, build, firing_rates, neurons
 from .neuron import LIF, rectangle
 from .records import Record
+from .statten import STAttenLIF
 from .train import run
 
 __version__ = "0.1.0"
-__all__ = ["LIF", "STAALIF", "PositionEncoding", "GlobalContext", "StepAttention", "rectangle", "build", "neurons",
-           "firing_rates", "NETWORKS", "NEURONS", "Config", "Record", "run"]
+__all__ = ["LIF", "STAALIF", "FSTALIF", "STAttenLIF", "PositionEncoding", "GlobalContext", "StepAttention", "rectangle",
+           "build", "neurons", "firing_rates", "NETWORKS", "NEURONS", "Config", "Record", "run"]

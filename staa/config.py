@@ -13,7 +13,8 @@ from .data import AUGMENTATIONS, DATASETS, describe
 from .networks import NETWORKS, NEURONS, build
 
 #: Settings that came after the first records: left out of the hash at this value, so that older runs keep their name.
-LATER = {"microbatch": 0, "frames": ""}
+LATER = {"microbatch": 0, "frames": "", "optimizer": "sgd", "network_settings": {}}
+OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("float32", "bf16")
 
 
@@ -36,16 +37,18 @@ class Config:
     frames: str = ""                   # of events only: T bins of equal "count" (what "" becomes) or equal "time"
     # network
     network: str = "resnet20"          # a name of staa.networks.NETWORKS
+    network_settings: dict = field(default_factory=dict)  # the network's own, like {"chunk": 4} of a statten
     width: float = 1.0                 # multiplies the channels of every layer
     neuron: str = "staa"               # a name of staa.networks.NEURONS
     neuron_settings: dict = field(default_factory=dict)  # the neuron's own, like {"r": 8}; the rest are its defaults
     T: int = 4                         # time steps
-    # training: SGD, cosine schedule down to 0
+    # training: cosine schedule down to 0
+    optimizer: str = "sgd"             # "sgd" or "adamw"
     epochs: int = 1
     batch_size: int = 128              # on all processes together
     microbatch: int = 0                # images that BN sees at once, gradients being accumulated; 0: the whole batch
     lr: float = 0.1
-    momentum: float = 0.9
+    momentum: float = 0.9              # of SGD; with AdamW its beta_1
     weight_decay: float = 5e-4
     warmup_epochs: int = 0             # the learning rate rises linearly over these epochs
     label_smoothing: float = 0.0
@@ -65,6 +68,7 @@ class Config:
         self._check_data(describe(self.dataset))
         one_of("network", self.network, NETWORKS)
         one_of("neuron", self.neuron, NEURONS)
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("precision", self.precision, PRECISIONS)
         for name, least in {"T": 1, "epochs": 1, "batch_size": 1, "image_size": 1, "threads": 1, "train_images": 0,
                             "microbatch": 0, "seed": 0, "warmup_epochs": 0, "clip_norm": 0, "weight_decay": 0}.items():
@@ -78,6 +82,8 @@ class Config:
                 raise ConfigError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if self.warmup_epochs > self.epochs:
             raise ConfigError(f"warmup_epochs must not exceed epochs ({self.epochs}), got {self.warmup_epochs}")
+        if self.dataset == "digits-rows" and self.image_size % self.T:
+            raise ConfigError(f"image_size of digits-rows must be a multiple of T={self.T}, got {self.image_size}")
         self._check_network()
 
     def _check_data(self, about):
@@ -102,21 +108,26 @@ class Config:
                               "another class")
 
     def _check_network(self):
-        """Fill in the neuron's defaults, so that the record is whole, and let the network judge them."""
-        allowed = settings_of(NEURONS[self.neuron])
-        for name in self.neuron_settings:
-            if name not in allowed:
-                raise ConfigError(f"neuron_settings of {self.neuron} must be among {', '.join(allowed)}, got {name!r}")
-        settings = {name: typed(f"neuron_settings {name}", self.neuron_settings.get(name, default), kind)
-                    for name, (kind, default) in allowed.items()}
+        """Fill in the defaults of neuron and network, so that the record is whole, and let the network judge them."""
+        for what, constructor in (("neuron", NEURONS[self.neuron]), ("network", NETWORKS[self.network])):
+            object.__setattr__(self, f"{what}_settings", self._checked(what, settings_of(constructor)))
         try:
             with torch.device("meta"):  # the network's shapes alone
-                least = build(self.network, self.neuron, T=self.T, width=self.width, **settings).min_size
+                least = build(self.network, self.neuron, T=self.T, width=self.width,
+                              network_settings=self.network_settings, **self.neuron_settings).min_size
         except ValueError as error:
             raise ConfigError(str(error)) from None
         if self.image_size < least:
             raise ConfigError(f"image_size of {self.network} must be at least {least}, got {self.image_size}")
-        object.__setattr__(self, "neuron_settings", settings)
+
+    def _checked(self, what: str, allowed: dict) -> dict:
+        """neuron_settings or network_settings, whole and typed."""
+        name, given = f"{what}_settings", getattr(self, f"{what}_settings")
+        for key in given:
+            if key not in allowed:
+                must = f"be among {', '.join(allowed)}" if allowed else "be empty"
+                raise ConfigError(f"{name} of {getattr(self, what)} must {must}, got {key!r}")
+        return {key: typed(f"{name} {key}", given.get(key, default), kind) for key, (kind, default) in allowed.items()}
 
     @property
     def json(self) -> str:
@@ -141,13 +152,14 @@ class Config:
         return hash(self.json)
 
     def but(self, **changes) -> "Config":
-        """The same run with other settings; another neuron starts from its own defaults, another dataset from its own
-        frames."""
+        """The same run with other settings; another neuron or network starts from its own defaults, another dataset from
+        its own frames."""
         check_names(changes)
         if changes.get("dataset", self.dataset) != self.dataset:
             changes.setdefault("frames", "")
-        if changes.get("neuron", self.neuron) != self.neuron:
-            changes.setdefault("neuron_settings", {})
+        for what in ("neuron", "network"):
+            if changes.get(what, getattr(self, what)) != getattr(self, what):
+                changes.setdefault(f"{what}_settings", {})
         return replace(self, **changes)
 
     @classmethod
@@ -179,12 +191,19 @@ def typed(name: str, value, kind: type):
     return value
 
 
-def settings_of(neuron: type) -> dict[str, tuple[type, object]]:
-    """The keyword-only settings of a neuron's constructor and of its bases': name -> (type, default)."""
-    found = {}
-    for cls in inspect.getmro(neuron):
+def settings_of(constructor) -> dict[str, tuple[type, object]]:
+    """The settings of a neuron or a network: name -> (type, default).
+
+    They are the keyword-only parameters with a default, and those of the base where **kwargs hand them on. A partial
+    may change a default; what it fixes has none.
+    """
+    found, fixed = {}, getattr(constructor, "keywords", {})
+    for cls in inspect.getmro(getattr(constructor, "func", constructor)):
         if "__init__" in vars(cls) and cls.__module__.partition(".")[0] != "torch":
-            for p in inspect.signature(cls.__init__).parameters.values():
-                if p.kind is p.KEYWORD_ONLY:
-                    found.setdefault(p.name, (p.annotation, p.default))
+            parameters = inspect.signature(cls.__init__).parameters.values()
+            for p in parameters:
+                if p.kind is p.KEYWORD_ONLY and p.default is not p.empty:
+                    found.setdefault(p.name, (p.annotation, fixed.get(p.name, p.default)))
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
     return found

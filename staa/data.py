@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import InterpolationMode, v2
@@ -32,6 +33,7 @@ class About:
 
 DATASETS = {
     "digits": About(1, 0, (0.30518,), (0.37599,), "scikit-learn's 1,797 handwritten digits"),
+    "digits-rows": About(1, 0, (0.30518,), (0.37599,), "the same digits, a few rows a time step, see `Rows`"),
     "cifar10": About(3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR-10"),
     "cifar100": About(3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "CIFAR-100"),
     "imagefolder": About(3, 0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "a folder of images"),
@@ -40,6 +42,7 @@ DATASETS = {
     "cifar10dvs": About(2, 0, (), (), "CIFAR10-DVS", 128),
     "dvsgesture": About(2, 0, (), (), "DVS128 Gesture", 128),
 }
+EMBEDDED = ("digits", "digits-rows", "digits-dvs")
 AUGMENTATIONS = ("none", "standard", "autoaugment", "imagenet")
 
 
@@ -47,8 +50,20 @@ def describe(name: str) -> About:
     return DATASETS[name.partition(":")[0]]
 
 
-def transform(name: str, size: int, augment: str = "none") -> v2.Compose:
-    """Image to normalised tensor (C, size, size), for training with an augmentation's name, for testing with "none".
+class Rows:
+    """Image (C, H, W) to frames (T, C, H, W): frame t shows the t-th H/T rows in their place, and black elsewhere."""
+
+    def __init__(self, T: int):
+        self.T = T
+
+    def __call__(self, image: Tensor) -> Tensor:
+        step = torch.arange(image.shape[-2]) // (image.shape[-2] // self.T)
+        return image * (step[:, None] == torch.arange(self.T)[:, None, None, None])
+
+
+def transform(name: str, size: int, augment: str = "none", T: int = 1) -> v2.Compose:
+    """Image to normalised tensor (C, size, size), for training with an augmentation's name, for testing with "none";
+    to frames (T, C, size, size) where the dataset is a sequence.
 
     "standard": crop after padding by 4 (an eighth of 32 pixels) and flip. "autoaugment": and AutoAugment (CIFAR-10
     policy) and Cutout 16, as the authors' code does. "imagenet": random resized crop and flip. Of events: frames to
@@ -71,7 +86,8 @@ def transform(name: str, size: int, augment: str = "none") -> v2.Compose:
         steps = fit + [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
         if augment == "autoaugment":
             steps += [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)]
-    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(about.mean, about.std)]
+    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)] + [Rows(T)] * (name == "digits-rows")
+    steps += [v2.Normalize(about.mean, about.std)]
     if augment == "autoaugment":
         steps += [Cutout(16)]
     return v2.Compose(steps)
@@ -108,10 +124,8 @@ def load(name: str, train: bool, root: Path | None = None) -> Dataset:
     """
     root = Path(root) if root else folder("data")
     base, _, sub = name.partition(":")
-    if base == "digits":
-        return Digits(train)
-    if base == "digits-dvs":
-        return Simulated(Digits(train))
+    if base in EMBEDDED:
+        return Simulated(Digits(train)) if base == "digits-dvs" else Digits(train)
     if base in events.SOURCES:
         return events.Recordings(base, train, root)
     if base == "imagefolder":

@@ -7,10 +7,11 @@ times the mean of the input. A multiply-add whose input is real numbers is a MAC
 layer sees is decided by what arrives at it on data, 0 and 1 only or not, and by nothing else [ours].
 
 Counted: convolutions and linear layers, zero padding included, and, by themselves, the attention's context product
-(eq. 8) and the mixing by M and N (eq. 14), which are no layers. BN is folded into the convolution before it, as it is
-at inference, unless `bn_folded=False` counts a MAC for every number it scales. Not counted: biases, residual additions,
-pooling, the plain neuron's fixed leak, softmax, normalisation and sigmoids of the attention; the paper's counts leave
-no room for them [ours].
+(eq. 8) and the mixing by M and N (eq. 14), which are no layers; likewise FSTA's DCT and gates, and STAtten's products
+and masks, whose left operand is spikes and sets their rate [ours]. BN is folded into the convolution before it, as it
+is at inference, unless `bn_folded=False` counts a MAC for every number it scales. Not counted: biases, residual
+additions, pooling, the plain neuron's fixed leak, softmax, normalisation and sigmoids of the attention; the paper's
+counts leave no room for them [ours].
 
 `staa.lemaire` adds what this leaves out: memory traffic and addressing.
 """
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .attention import GlobalContext, STAALIF
+from .fsta import DCT, FSTALIF
 from .networks import SpikingNetwork, build, firing_rates, neurons
+from .statten import Mask, Product
 
 #: 45 nm, 32-bit floating point, section 4.5 [text].
 PJ_PER_AC, PJ_PER_MAC = 0.9, 4.6
@@ -39,10 +42,16 @@ COUNTED: dict[type, tuple[str, Callable, Callable]] = {
     GlobalContext: ("context product", lambda layer, x, y: x.numel(), lambda layer, x: prod(x.shape[-2:])),
     STAALIF: ("mixing by M and N", lambda layer, x, y: 2 * x.numel() * (layer.sa is not None),
               lambda layer, x: 2 * layer.channels),
+    DCT: ("DCT", lambda layer, x, y: y.numel() * layer.k ** 2, lambda layer, x: layer.k ** 4),
+    FSTALIF: ("gates of FSTA", lambda layer, x, y: x.numel() * layer.gates,
+              lambda layer, x: layer.T + x[0, 0, 0].numel()),
+    Product: ("attention product", lambda layer, x, y: y.numel() * x.shape[-1],
+              lambda layer, x: x.shape[-3] * x.shape[-1] * layer.fan_out),
+    Mask: ("attention mask", lambda layer, x, y: y.numel(), lambda layer, x: x[0, 0].numel()),
     nn.BatchNorm2d: ("BN", lambda layer, x, y: y.numel(), lambda layer, x: 2 * layer.num_features),
 }
 #: The kinds that are no matrix product, which torch's own counter does not see.
-ELEMENTWISE = ("mixing by M and N", "BN")
+ELEMENTWISE = ("mixing by M and N", "gates of FSTA", "attention mask", "BN")
 
 
 @dataclass
@@ -178,6 +187,10 @@ def new_operation(name: str, layer: nn.Module, network: nn.Module, folded: bool)
         sums = channels * prod(ceil(k / s) for k, s in zip(layer.kernel_size, layer.stride))
     elif isinstance(layer, nn.Linear):
         fan_out = sums = channels = layer.out_features
+    elif isinstance(layer, Product):
+        fan_out = sums = layer.fan_out
+    elif isinstance(layer, DCT):
+        fan_out = sums = channels = layer.k ** 2
     biased = folded or getattr(layer, "bias", None) is not None and not isinstance(layer, nn.BatchNorm2d)
     return Operation(name, rule(layer)[0], any(f"{name}.".startswith(f"{neuron}.") for neuron in neurons(network)),
                      fan_out, sums, channels * biased)

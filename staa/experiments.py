@@ -9,7 +9,7 @@ import os
 import queue
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from multiprocessing import get_context
 
@@ -90,6 +90,18 @@ CONVERGENCE = [("LIF", TABLE4[0][1]), ("STAA", TABLE4[5][1]), ("STAA without TSR
 
 #: Table 3's own rows, at T = 16.
 TABLE3 = {"cifar10dvs": ["resnet20", "vgg13"], "dvsgesture": ["vgg13"]}
+#: FSTA's comparison: label -> neuron and its settings. "FSTA's LIF" is the neuron of its code without the module, which
+#: fires at half the potential of "LIF": what the module changes is seen beside that one.
+FSTA = {"LIF": ("lif", {}), "FSTA's LIF": ("fsta", dict(temporal=False, spatial=False, slope=3.0)),
+        "FSTA": ("fsta", {}), "STAA": ("staa", {})}
+
+#: The siblings' smoke: digits in their own 8 x 8. A comparison needs a spread, so they take two seeds or more.
+SMALL, LEAST_SEEDS = dict(image_size=8, width=1 / 8), 2
+
+#: How STAtten is trained; a tenth of the epochs is warm-up. Weight decay is our choice.
+TRANSFORMER = dict(neuron="statten", optimizer="adamw", lr=3e-4, weight_decay=0.01, label_smoothing=0.1)
+#: The same on digits of 8 x 8 [ours].
+SMALL_TRANSFORMER = TRANSFORMER | SMALL | dict(lr=5e-3, batch_size=32, augment="none")
 
 
 #: What a notebook's parameters can be.
@@ -239,9 +251,54 @@ def figure4(settings: Settings) -> list[Config]:
     return [config for config in table3(settings) if config.network == network and config.dataset != "dvsgesture"]
 
 
+def fsta(settings: Settings) -> list[Config]:
+    """FSTA: ResNet-20 at T = 4 on CIFAR-10 with each neuron of FSTA, every seed; in smoke ResNet-19 on 8 x 8 digits."""
+    network = dict(SMALL, network="resnet19", lr=0.02) if settings.preset == "smoke" else dict(network="resnet20")
+    item = {"T": 4} | (network if "network" not in settings.changes else {})
+    return [settings.config(**item, dataset=dataset, neuron=neuron, neuron_settings=own, seed=seed)
+            for dataset, (neuron, own), seed in product(settings.datasets("cifar10"), FSTA.values(),
+                                                        range(max(settings.seeds, LEAST_SEEDS)))
+            if settings.wants(neuron=neuron)]
+
+
+def transformers(settings: Settings, chunk: int, **item) -> list[Config]:
+    """STAtten with joint attention over `chunk` steps and over one (spatial), and SDT, under equal conditions; every
+    seed. A reader's network gives its size to all three."""
+    size = settings.changes.get("network", "statten-2-256").partition("-")[2]
+    own = replace(settings, changes={k: v for k, v in settings.changes.items() if k not in {"network", *item}})
+    epochs = own.config().epochs
+    pools = {"pools": "0001"} if item.get("image_size") == 8 else {}
+    return [own.config(**item, network=network, network_settings=pools | chosen, warmup_epochs=epochs // 10, seed=seed)
+            for (network, chosen), seed in product([(f"statten-{size}", {"chunk": chunk}),
+                                                    (f"statten-{size}", {"chunk": 1}), (f"sdt-{size}", {})],
+                                                   range(max(settings.seeds, LEAST_SEEDS)))]
+
+
+def statten(settings: Settings) -> list[Config]:
+    """STAtten on static images, CIFAR-10 at T = 4 with c = 2; in smoke 8 x 8 digits."""
+    item = SMALL_TRANSFORMER if settings.preset == "smoke" else TRANSFORMER
+    item = {k: v for k, v in item.items() if k not in settings.changes}
+    return [config for dataset in settings.datasets("cifar10")
+            for config in transformers(settings, 2, **item | {"T": settings.changes.get("T", 4), "dataset": dataset})]
+
+
+def rows(settings: Settings) -> list[Config]:
+    """STAtten's sequential task, at every preset: 8 x 8 digits, one row a step, joint attention over all steps."""
+    T = settings.changes.get("T", 8)
+    item = {k: v for k, v in SMALL_TRANSFORMER.items() if k not in settings.changes or k == "augment"}
+    return transformers(settings, T, **item | {"T": T, "dataset": "digits-rows"})
+
+
+def siblings(settings: Settings) -> list[Config]:
+    """STAA, FSTA and STAtten on the same data, epochs and seeds: runs of `fsta` and of `statten`."""
+    plain = replace(settings, changes={k: v for k, v in settings.changes.items() if k != "network"})
+    return ([c for c in fsta(plain) if c.neuron == "staa" or c.neuron == "fsta" and c.neuron_settings["spatial"]]
+            + [c for c in statten(plain) if c.network_settings.get("chunk") == 2])
+
+
 #: The items with runs, by the name of their notebook.
 ITEMS = {item.__name__: item for item in (table1, table2, table3, table4, figure2, figure3, figure4, figure5,
-                                          position_encoding, convergence, energy)}
+                                          position_encoding, convergence, energy, fsta, statten, rows, siblings)}
 
 
 def run_all(configs: list[Config], *, log: Callable[[str], None] = print) -> list[Record]:

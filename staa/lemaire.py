@@ -15,7 +15,7 @@ product writes X~, and the mixing by M and N takes the place of the leak. Memori
 though the weights of a wide network would lie in DRAM, where an access costs more: that favours both networks alike.
 """
 
-from .energy import Measurement, Operation
+from .energy import ELEMENTWISE, Measurement, Operation
 
 PJ_PER_ADD, PJ_PER_MULTIPLY = 0.1, 3.1                      # 32-bit integers
 SRAM = [(0, 0.0), (8, 10.0), (32, 20.0), (1024, 100.0)]     # kB, pJ an access of 32 bits; between them a straight line
@@ -73,7 +73,7 @@ def spiking(op: Operation, found: Measurement) -> dict[str, float]:
 
 def formal(op: Operation, found: Measurement) -> dict[str, float]:
     """pJ of a layer that sees real numbers."""
-    once = op.what in ("linear", "mixing by M and N", "BN")  # each input is read once, not once a multiply-add
+    once = op.what in ("linear", *ELEMENTWISE)  # each input is read once, not once a multiply-add
     reads = op.inputs if once else op.multiply_adds
     biases = op.outputs * bool(op.biases)
     writes = 0 if op.what == "mixing by M and N" or found.rates and not op.in_neuron else op.outputs

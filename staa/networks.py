@@ -6,17 +6,18 @@ batch together; a neuron stands wherever a ReLU would, and is handed in as `neur
 hands in `norm_layer`. The layouts are those of the authors' public code; VGG-13 is the standard one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .attention import STAALIF
+from .fsta import FSTALIF
 from .neuron import LIF
 
 #: Neurons by name. A new one is added here: any module built as `neuron(channels, T=T, **settings)`.
-NEURONS: dict[str, Callable[..., nn.Module]] = {"lif": LIF, "staa": STAALIF}
+NEURONS: dict[str, Callable[..., nn.Module]] = {"lif": LIF, "staa": STAALIF, "fsta": FSTALIF}
 
 
 class Steps(nn.Sequential):
@@ -89,7 +90,7 @@ class ResNet(SpikingNetwork):
     """stem ("three", "one" or "imagenet"), then stages of BasicBlocks: blocks, channels and strides, one a stage."""
 
     def __init__(self, neuron, num_classes: int, in_channels: int, T: int, width: float, *, stem: str,
-                 blocks: list[int], channels: list[int], strides: list[int], pool_shortcut: bool = False):
+                 blocks: list[int], channels: list[int], strides: list[int], pool_shortcut: bool):
         channels = scaled(channels, width)
         c = channels[0]
         super().__init__(neuron, in_channels, T, min_size=16 if stem == "three" else 4 if stem == "one" else 32)
@@ -138,25 +139,29 @@ def scaled(channels: list[int], width: float) -> list[int]:
     return [max(round(c * width), 1) for c in channels]
 
 
-#: Networks by name, built as `network(neuron, num_classes, in_channels, T, width)`.
+#: Networks by name, built as `network(neuron, num_classes, in_channels, T, width, **settings)`; `staa.statten` adds the
+#: transformers. A network's settings are its keyword-only parameters with a default.
 NETWORKS: dict[str, Callable[..., SpikingNetwork]] = {
     "vgg13": partial(VGG, channels=[64, 128, 256, 512, 512]),
-    "resnet19": partial(ResNet, stem="one", blocks=[3, 3, 2], channels=[128, 256, 512], strides=[1, 2, 2]),
+    "resnet19": partial(ResNet, stem="one", blocks=[3, 3, 2], channels=[128, 256, 512], strides=[1, 2, 2],
+                        pool_shortcut=False),
     "resnet20": partial(ResNet, stem="three", blocks=[2, 2, 2, 2], channels=[64, 128, 256, 512], strides=[1, 2, 2, 2],
                         pool_shortcut=True),
     "resnet18": partial(ResNet, stem="imagenet", blocks=[2, 2, 2, 2], channels=[64, 128, 256, 512],
-                        strides=[1, 2, 2, 2]),
+                        strides=[1, 2, 2, 2], pool_shortcut=False),
     "resnet34": partial(ResNet, stem="imagenet", blocks=[3, 4, 6, 3], channels=[64, 128, 256, 512],
-                        strides=[1, 2, 2, 2]),
+                        strides=[1, 2, 2, 2], pool_shortcut=False),
 }
 
 
 def build(network: str, neuron: str | Callable[..., nn.Module] = "staa", num_classes: int = 10, T: int = 4,
-          in_channels: int = 3, width: float = 1.0, **neuron_settings) -> SpikingNetwork:
+          in_channels: int = 3, width: float = 1.0, network_settings: Mapping | None = None,
+          **neuron_settings) -> SpikingNetwork:
     """A network by name, with any neuron: `staa.build("resnet20", neuron="staa", num_classes=10, T=4)`.
 
     network: one of NETWORKS. neuron: one of NEURONS, or any callable `neuron(channels, T=T)` that returns a module
     from currents (T, B, C, H, W) to spikes of the same shape. width multiplies the channels of every layer.
+    network_settings: the network's own, where it has any: `{"chunk": 4}` of a STAtten.
     neuron_settings go to every neuron: `r=8`, `beta=0.0`, `pe_place="output"`, ...
     Raises ValueError with one sentence where a name or a value is not allowed.
     """
@@ -171,7 +176,8 @@ def build(network: str, neuron: str | Callable[..., nn.Module] = "staa", num_cla
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not width > 0:
         raise ValueError(f"width must be above 0, got {width}")
-    return NETWORKS[network](partial(neuron, **neuron_settings), num_classes, in_channels, T, width)
+    return NETWORKS[network](partial(neuron, **neuron_settings), num_classes, in_channels, T, width,
+                             **(network_settings or {}))
 
 
 def neurons(network: nn.Module) -> dict[str, nn.Module]:

@@ -4,6 +4,7 @@ import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 
+from .config import Config
 from .records import Record
 
 
@@ -81,7 +82,7 @@ def differences(runs: list[Record]) -> str:
 
     groups = defaultdict(list)
     for run in runs:
-        groups[str(sorted(run.config["neuron_settings"].items()))].append(run.accuracy)
+        groups[Config.from_dict(run.config).but(seed=0).hash].append(run.accuracy)
     k, n = len(groups), min(map(len, groups.values()), default=0)
     if k < 2:
         return "Fewer than two rows were run: there is nothing to compare."

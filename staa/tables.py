@@ -204,7 +204,7 @@ def results() -> pd.DataFrame:
         c, first = group[0].config, group[0]
         rates = [statistics.mean(r.outcome["firing_rates"].values()) for r in group]
         rows.append({"Dataset": NAMES.get(c["dataset"], c["dataset"]),
-                     "Network": ARCHITECTURES[c["network"]], "T": c["T"],
+                     "Network": ARCHITECTURES.get(c["network"], c["network"]), "T": c["T"],
                      "Neuron": own_settings(c),
                      "Training": f"{training(first)}, lr {c['lr']:g}, augmentation {c['augment']}",
                      "Test accuracy, %": mean_sd(group), "Paper": printed(c),
@@ -265,7 +265,7 @@ def header(settings: Settings, runs: list[Record]) -> str:
     text = (f"This run: preset {settings.preset}, dataset {', '.join(datasets)}, {part}"
             f"{runs[0].config['epochs']} epochs, width {', '.join(f'{width:g}' for width in widths)}, "
             f"{settings.seeds} seed{'s' * (settings.seeds > 1)}; test accuracy of the last epoch in percent.")
-    if {"digits", "imagefolder:digits64"} & datasets.keys():
+    if {"digits", "digits-rows", "imagefolder:digits64"} & datasets.keys():
         text += (" These are 8 x 8 handwritten digits, not the paper's data: the numbers show that everything works, "
                  "nothing more.")
     elif "digits-dvs" in datasets:

@@ -25,6 +25,7 @@ from .checkpoint import read, resume, save, undamaged
 from .config import Config, ConfigError
 from .distributed import ALONE, PeerError, Peers, Statistics, join
 from .networks import build, firing_rates
+from .optimizer import learning_rate, new_optimizer
 from .records import Record
 
 
@@ -99,16 +100,16 @@ def _train(config: Config, place: Path, device, data_root, workers, log, peers: 
         raise TrainingError(f"the last batch of {config} has fewer images than there are processes ({peers.size}); "
                             "choose another batch_size or train_images.")
     if workers is None:
-        workers = 0 if config.dataset in ("digits", "digits-dvs") else min(len(os.sched_getaffinity(0)), 8)
+        workers = 0 if config.dataset in data.EMBEDDED else min(len(os.sched_getaffinity(0)), 8)
     with own_state(config, device):
         torch.manual_seed(data.mix(config.seed))
         network = new_network(config, len(train_set.classes))
         network.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
         if not config.microbatch:
             network = peers.synchronise(network, device)
-        optimizer = torch.optim.SGD(network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+        optimizer = new_optimizer(config, network.parameters())
         epochs, seconds = resume(place / "checkpoint.pt", network, optimizer, peers)
-        augment = data.transform(config.dataset, config.image_size, config.augment)
+        augment = data.transform(config.dataset, config.image_size, config.augment, config.T)
         for epoch in range(len(epochs), config.epochs):
             start = time.perf_counter()
             torch.manual_seed(data.mix(config.seed, epoch + 1))  # an epoch's randomness needs no saved state
@@ -147,7 +148,7 @@ def _train(config: Config, place: Path, device, data_root, workers, log, peers: 
 
 
 def train_epoch(network, optimizer, loader, config: Config, epoch: int, device, peers=ALONE) -> tuple[float, float]:
-    """One pass of SGD; mean loss and accuracy in percent over the images as they were seen."""
+    """One pass over the data; mean loss and accuracy in percent over the images as they were seen."""
     network.train()
     losses, counts = [], torch.zeros(2, dtype=torch.int64, device=device)  # correct, images
     for step, (x, y) in enumerate(loader):
@@ -234,12 +235,6 @@ def autocast(device, config: Config):
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
-def learning_rate(config: Config, progress: float) -> float:
-    """After `progress` epochs: linear warm-up over warmup_epochs, times a cosine from lr down to 0."""
-    warmup = min((progress + 1 / 2) / config.warmup_epochs, 1.0) if config.warmup_epochs else 1.0
-    return warmup * config.lr * (1 + math.cos(math.pi * progress / config.epochs)) / 2
-
-
 def trained(record: Record) -> torch.nn.Module:
     """The network of a finished run, on the CPU, in evaluation, with the final weights of runs/NAME/weights.pt.
 
@@ -259,13 +254,13 @@ def trained(record: Record) -> torch.nn.Module:
 
 def new_network(config: Config, classes: int) -> torch.nn.Module:
     return build(config.network, config.neuron, classes, config.T, data.describe(config.dataset).channels, config.width,
-                 **config.neuron_settings)
+                 config.network_settings, **config.neuron_settings)
 
 
 def evaluation_set(config: Config, data_root: Path | None = None) -> data.View:
     """The test set as a run sees it: every image, no augmentation."""
     tests = data.load_for(config, False, data_root)
-    return data.View(tests, range(len(tests)), data.transform(config.dataset, config.image_size))
+    return data.View(tests, range(len(tests)), data.transform(config.dataset, config.image_size, T=config.T))
 
 
 def words_to_settings(words: list[str]) -> dict:

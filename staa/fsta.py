@@ -1,0 +1,134 @@
+"""FSTA-SNN (AAAI 2025): the frequency-based spatial-temporal attention module, as a neuron for every network.
+
+    g    = sigmoid(W mean over C of m),  m = alpha avgpool(X) + beta maxpool(X)       temporal amplitude
+    X_t  = X g + X                                                                    (g one number a time step)
+    a    = sigmoid(conv7x7(DCT(sum over C of the mean over T of X_t)))                spatial frequency
+    X_s  = X_t a + X_t                                                                (a one number a place)
+    X~   = (t X_t + s X_s) / 2
+
+and X~ is the current of a plain LIF neuron. The forms and the starting values alpha = beta = 0.5, t = 0.6 and s = 0.5
+are those of the authors' public code; the DCT is computed, not stored. With both gates at 1/2 X~ is 1.0125 X. On a
+feature map of 1 x 1 every pooling is the number itself, and of the k x k window and the 7 x 7 kernel only the centre
+meets anything but padding: the spatial gate is then one learned function of the sum over the channels.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .neuron import LIF
+
+
+def dct(k: int) -> Tensor:
+    """(k, k): the orthonormal DCT-II, a row a frequency; `dct(h) @ x @ dct(w).T` transforms maps (..., h, w)."""
+    n = torch.arange(k, dtype=torch.float64)
+    basis = (math.pi * n[:, None] * (2 * n + 1) / (2 * k)).cos() * math.sqrt(2 / k)
+    basis[0] /= math.sqrt(2)
+    return basis.float()
+
+
+class DCT(nn.Module):
+    """The k*k coefficients of the k x k window around each place: (B, 1, H, W) to (B, k*k, H, W); coefficient u k + v
+    has frequency u along H and v along W. An even k pads one more below and to the right, to keep the size [ours]."""
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = k
+        self.register_buffer("basis", torch.einsum("ui,vj->uvij", dct(k), dct(k)).reshape(k * k, 1, k, k), False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, 2 * ((self.k - 1) // 2, self.k // 2)), self.basis)
+
+
+class TemporalAmplitude(nn.Module):
+    """The gate g (T, B, 1, 1, 1) of the time steps, from x (T, B, C, H, W)."""
+
+    def __init__(self, T: int):
+        super().__init__()
+        self.alpha, self.beta = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.5))
+        self.mix = nn.Linear(T, T, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        m = self.alpha * x.mean((-2, -1)) + self.beta * x.amax((-2, -1))    # (T, B, C)
+        g = self.mix(m.mean(2).T).sigmoid()                                 # (B, T); W and the mean over C commute
+        return g.T[..., None, None, None]
+
+
+class SpatialFrequency(nn.Module):
+    """The gate (B, 1, H, W) of the places, from x (T, B, C, H, W)."""
+
+    def __init__(self, k: int, reduction: int):
+        super().__init__()
+        self.dct = DCT(k)
+        maps = [k * k, 1] if reduction == 1 else [k * k, k * k // reduction, 1]
+        convolutions = [nn.Conv2d(i, o, 7, padding=3, bias=False) for i, o in zip(maps, maps[1:])]
+        self.convolutions = nn.Sequential(convolutions[0], *(f for c in convolutions[1:] for f in (nn.ReLU(), c)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolutions(self.dct(x.mean(0).sum(1, keepdim=True))).sigmoid()
+
+
+class _Tanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u: Tensor, slope: float) -> Tensor:
+        ctx.save_for_backward(u)
+        ctx.slope = slope
+        return (u > 0.5).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (u,), slope = ctx.saved_tensors, ctx.slope
+        inside = (u >= 0) & (u <= 1)
+        return grad * inside * (1 - (slope * (u - 0.5)).tanh().square()) * (slope / (2 * math.tanh(slope / 2))), None
+
+
+class FSTALIF(LIF):
+    """LIF neuron behind the FSTA module: current (T, B, C, H, W) in, spikes out; T is fixed, H and W are any.
+
+    temporal, spatial: each branch by itself. Off, the temporal one passes X on as X_t, and without the spatial one X_t
+        is the output: with both off the neuron is the plain LIF of the authors' code [ours].
+    k: side of the DCT window. reduction: divides the k*k maps in between two 7x7 convolutions; 1: there is one.
+    decay, v_th: as in `LIF`. Their neuron fires where U > v_th / 2 and resets to 0.
+    slope: of the surrogate, the derivative of tanh(slope (U / v_th - 1/2)), scaled to rise by 1 from U = 0 to U = v_th,
+        and 0 elsewhere; in the authors' code 1 with the module and 3 for the plain neuron.
+    """
+
+    def __init__(self, channels: int, T: int, *, temporal: bool = True, spatial: bool = True, k: int = 7,
+                 reduction: int = 1, decay: float = 0.25, v_th: float = 1.0, slope: float = 1.0):
+        super().__init__(decay=decay, v_th=v_th)
+        if k < 1:
+            raise ValueError(f"k, the side of the DCT window, must be at least 1, got {k}")
+        if not 1 <= reduction <= k * k:
+            raise ValueError(f"reduction must be between 1 and k * k = {k * k}, got {reduction}")
+        if not slope > 0:
+            raise ValueError(f"slope, of the surrogate gradient, must be above 0, got {slope}")
+        if T < 1:
+            raise ValueError(f"T must be at least 1, got {T}")
+        self.T, self.slope = T, slope
+        self.temporal = TemporalAmplitude(T) if temporal else None
+        self.spatial = SpatialFrequency(k, reduction) if spatial else None
+        self.gates = temporal + 3 * spatial  # multiplications of each number of X by g, a, t and s
+        if spatial:
+            self.t, self.s = nn.Parameter(torch.tensor(0.6)), nn.Parameter(torch.tensor(0.5))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """X~ for all time steps at once."""
+        if self.temporal is not None:
+            x = x * self.temporal(x) + x
+        if self.spatial is not None:
+            x = (self.t * x + self.s * (x * self.spatial(x) + x)) / 2
+        return x
+
+    def fire(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        s = _Tanh.apply(u / self.v_th, self.slope)
+        return s, u * (1 - s)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 5 or x.shape[0] != self.T:
+            raise ValueError(f"this FSTALIF takes (T={self.T}, B, C, H, W), got {tuple(x.shape)}")
+        return super().forward(self.attend(x))
+
+    def extra_repr(self) -> str:
+        return f"T={self.T}, decay={self.decay}, v_th={self.v_th}, slope={self.slope}"

@@ -1,0 +1,22 @@
+"""What makes a step of training: the optimizer of a Config and its learning rate."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .config import Config
+
+
+def new_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """SGD with momentum, or AdamW, whose beta_1 is `momentum` and whose beta_2 is 0.999."""
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, config.lr, (config.momentum, 0.999), weight_decay=config.weight_decay)
+    return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
+
+
+def learning_rate(config: Config, progress: float) -> float:
+    """After `progress` epochs: linear warm-up over warmup_epochs, times a cosine from lr down to 0."""
+    warmup = min((progress + 1 / 2) / config.warmup_epochs, 1.0) if config.warmup_epochs else 1.0
+    return warmup * config.lr * (1 + math.cos(math.pi * progress / config.epochs)) / 2

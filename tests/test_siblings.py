@@ -1,0 +1,364 @@
+"""FSTA and STAtten against SciPy, closed forms, explicit loops and the properties that the papers name."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.fft
+import torch
+from torch import nn
+
+from staa import LIF, NEURONS, Config, build, data, energy, experiments, firing_rates, neurons, siblings, train
+from staa.fsta import DCT, FSTALIF, TemporalAmplitude, dct
+from staa.optimizer import new_optimizer
+from staa.statten import JointAttention, STAttenLIF, attention_maps, half_threshold
+
+
+def calibrated(network, x):
+    """In evaluation, with the statistics of x in every BN: an untrained network would hardly spike."""
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None
+    with torch.no_grad():
+        network.train()(x)
+    return network.eval()
+
+
+def spikes(*shape, rate=0.3):
+    return (torch.rand(shape) < rate).float()
+
+
+# --- FSTA ---
+
+@pytest.mark.parametrize("k", [1, 2, 3, 7, 8])
+def test_the_dct_is_orthonormal_and_scipys(k):
+    torch.testing.assert_close(dct(k) @ dct(k).T, torch.eye(k))
+    expected = scipy.fft.dct(np.eye(k), norm="ortho", axis=0)
+    torch.testing.assert_close(dct(k), torch.tensor(expected, dtype=torch.float32))
+    layer, x = DCT(k), torch.randn(2, 1, 9, 11)
+    y, before = layer(x), (k - 1) // 2
+    assert y.shape == (2, k * k, 9, 11)
+    window = nn.functional.pad(x, (8,) * 4)[1, 0, 8 + 4 - before:8 + 4 - before + k, 8 + 5 - before:8 + 5 - before + k]
+    torch.testing.assert_close(y[1, :, 4, 5].reshape(k, k).numpy(), scipy.fft.dctn(window.numpy(), norm="ortho"),
+                               check_dtype=False, atol=1e-5, rtol=1e-5)
+
+
+def energy_of(image):
+    return (dct(image.shape[0]) @ image @ dct(image.shape[1]).T).square()
+
+
+def test_a_constant_image_has_one_coefficient_and_a_grating_its_own():
+    e = energy_of(torch.full((8, 8), 0.5))
+    assert e[0, 0] == pytest.approx(16) and e.sum() - e[0, 0] < 1e-9
+    rows = (math.pi * 3 * (2 * torch.arange(8) + 1) / 16).cos()  # varies along H: frequency 3 there, 0 along W
+    vertical = energy_of(rows[:, None].expand(8, 8))
+    assert (vertical > 1e-9).nonzero().tolist() == [[3, 0]]
+    assert siblings.vertical_share(vertical) == 1 and siblings.vertical_share(vertical.T) == 0
+    assert siblings.vertical_share(vertical + vertical.T) == pytest.approx(0.5)
+    assert math.isnan(siblings.vertical_share(torch.ones(1, 1)))
+
+
+def test_similarity_is_the_cosine_without_the_mean():
+    a, b = torch.zeros(2, 4, 4), torch.zeros(3, 4, 4)
+    a[:, 0, 0], a[0, 1, 0], a[1, 1, 0] = 100, 1, 5
+    assert siblings.similarity(a) == pytest.approx(1)
+    b[0, 1, 0], b[1, 1, 0], b[2, 0, 1] = 1, 1, 1  # pairs: 1, 0, 0
+    assert siblings.similarity(b) == pytest.approx(1 / 3)
+    assert math.isnan(siblings.similarity(a[:1])) and math.isnan(siblings.similarity(torch.ones(2, 1, 1)))
+
+
+def test_without_weights_the_temporal_gate_is_a_half_and_else_the_formula_channel_by_channel():
+    gate, x = TemporalAmplitude(4), torch.randn(4, 3, 5, 6, 7)
+    with torch.no_grad():
+        m = 0.5 * x.mean((3, 4)) + 0.5 * x.amax((3, 4))
+        expected = torch.einsum("st,tbc->sbc", gate.mix.weight, m).mean(2).sigmoid()
+        torch.testing.assert_close(gate(x)[..., 0, 0, 0], expected)
+        gate.mix.weight.zero_()
+        assert torch.equal(gate(x), torch.full((4, 3, 1, 1, 1), 0.5))
+
+
+def test_with_all_gates_at_a_half_the_current_grows_by_an_eightieth():
+    neuron, x = FSTALIF(5, T=4), torch.randn(4, 3, 5, 6, 6)
+    with torch.no_grad():
+        neuron.temporal.mix.weight.zero_()
+        neuron.spatial.convolutions[0].weight.zero_()
+        torch.testing.assert_close(neuron.attend(x), (1.5 * 0.6 + 2.25 * 0.5) / 2 * x)
+
+
+@pytest.mark.parametrize("temporal", [False, True])
+@pytest.mark.parametrize("spatial", [False, True])
+def test_each_branch_is_a_switch(temporal, spatial):
+    neuron, x = FSTALIF(5, T=2, temporal=temporal, spatial=spatial, k=3), torch.randn(2, 3, 5, 6, 6)
+    names = {name.partition(".")[0] for name, _ in neuron.named_parameters()}
+    assert names == {*["temporal"] * temporal, *["spatial", "t", "s"] * spatial}
+    factor = neuron.attend(x) / x
+    assert (factor.std((2, 3, 4)).max() > 1e-4) == spatial, "only the spatial gate depends on the place"
+    torch.testing.assert_close(factor.std(2), torch.zeros(2, 3, 6, 6), atol=1e-4, rtol=0)  # never on the channel
+    if not temporal and not spatial:
+        plain = LIF(v_th=0.5)  # their threshold is half of V_th
+        assert torch.equal(neuron(x), plain(x))
+
+
+def test_the_surrogate_is_the_scaled_tanhs_derivative():
+    for slope in (1.0, 3.0):
+        u = torch.linspace(-0.5, 1.5, 81, dtype=torch.float64)[1::2].requires_grad_()  # away from the corners 0 and 1
+        soft = (torch.tanh(slope * (u.clamp(0, 1) - 0.5)) + math.tanh(slope / 2)) / (2 * math.tanh(slope / 2))
+        (expected,) = torch.autograd.grad(soft.sum(), u)
+        s, _ = FSTALIF(1, T=1, temporal=False, spatial=False, slope=slope).fire(u)
+        (grad,) = torch.autograd.grad(s.sum(), u)
+        torch.testing.assert_close(grad, expected)
+        assert torch.equal(s.bool(), u > 0.5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 2), (5, 4)])
+@pytest.mark.parametrize("settings", [{}, {"k": 8}, {"k": 3, "reduction": 4}, {"k": 1}])
+def test_every_feature_size_works(size, settings):
+    neuron = FSTALIF(4, T=2, **settings)
+    out = neuron(3 * torch.randn(2, 3, 4, *size, requires_grad=True))
+    out.sum().backward()
+    assert out.shape == (2, 3, 4, *size) and set(out.unique().tolist()) <= {0.0, 1.0}
+    assert all(p.grad is not None for p in neuron.parameters())
+
+
+def test_on_one_pixel_only_the_centres_of_window_and_kernel_count():
+    neuron, x = FSTALIF(4, T=2), torch.randn(2, 3, 4, 1, 1)
+    with torch.no_grad():
+        centre = neuron.spatial.convolutions[0].weight[0, :, 3, 3] @ neuron.spatial.dct.basis[:, 0, 3, 3]
+        torch.testing.assert_close(neuron.spatial(x), (centre * x.mean(0).sum(1, keepdim=True)).sigmoid())
+
+
+# --- STAtten ---
+
+def test_the_neuron_by_hand_and_its_reset_is_detached():
+    neuron, x = STAttenLIF(), torch.tensor([1.5, 2.0, 0.4, -1.0])[:, None].requires_grad_()
+    # U = 0.75, 1.375 (fires), 0.2, -0.4
+    assert neuron(x).flatten().tolist() == [0, 1, 0, 0]
+    u = torch.tensor([0.75, 1.375], requires_grad=True)
+    s, hm = neuron.fire(u)
+    (grad,) = torch.autograd.grad(s.sum(), u, retain_graph=True)
+    y = (4 * (u - 1)).sigmoid()
+    torch.testing.assert_close(grad, 4 * y * (1 - y))
+    assert torch.autograd.grad(hm.sum(), u)[0].tolist() == [1, 0], "an attached reset would give more"
+
+
+@pytest.mark.parametrize("name", NEURONS)
+def test_half_the_threshold_is_twice_the_current(name):
+    x = torch.randn(4, 2, 8, 3, 3)
+    if name in ("lif", "statten"):
+        assert torch.equal(half_threshold(NEURONS[name](8, T=4))(x), NEURONS[name](8, T=4)(2 * x))
+    else:
+        neuron = NEURONS[name](8, T=4)
+        assert half_threshold(neuron).v_th == 0.5
+    assert half_threshold(nn.ReLU())(x).equal(x.relu())
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_linear_attention_is_the_quadratic_form_head_by_head_and_chunk_by_chunk(chunk):
+    T, B, C, H, W, heads = 4, 2, 6, 3, 2, 3
+    q, k, v = (spikes(T, B, C, H, W) for _ in range(3))
+    out = JointAttention(C, heads, chunk)(q, k, v)
+    for b in range(B):
+        for h in range(heads):
+            for t in range(0, T, chunk):
+                rows = [x[t:t + chunk, b, 2 * h:2 * h + 2].permute(0, 2, 3, 1).reshape(-1, 2) for x in (q, k, v)]
+                expected = (rows[0] @ rows[1].T) @ rows[2]
+                part = out[t:t + chunk, b, 2 * h:2 * h + 2].permute(0, 2, 3, 1).reshape(-1, 2)
+                assert torch.equal(part, expected)
+
+
+def test_joint_attention_of_one_step_is_spatial_attention_and_of_two_is_not():
+    q, k, v = (spikes(4, 2, 8, 3, 3) for _ in range(3))
+    spatial = torch.stack([JointAttention(8, 2, 1)(*(x[t:t + 1] for x in (q, k, v)))[0] for t in range(4)])
+    assert torch.equal(JointAttention(8, 2, 1)(q, k, v), spatial)
+    assert not torch.equal(JointAttention(8, 2, 2)(q, k, v), spatial)
+
+
+def test_permuting_the_tokens_permutes_the_output():
+    q, k, v = (spikes(4, 2, 8, 3, 3) for _ in range(3))
+    joint, order = JointAttention(8, 2, 4), torch.randperm(4 * 9)
+
+    def permuted(x):  # over the tokens of all four steps
+        return x.permute(1, 2, 0, 3, 4).flatten(2)[..., order].unflatten(2, (4, 3, 3)).permute(2, 0, 1, 3, 4)
+
+    assert torch.equal(joint(*map(permuted, (q, k, v))), permuted(joint(q, k, v)))
+    for name in ("statten-2-256", "sdt-2-256"):  # the whole module knows time but not place
+        attention, x = build(name, "statten", width=1 / 16).blocks[0].attention.eval(), 4 * torch.randn(4, 2, 16, 3, 3)
+        swap = lambda x: x.flatten(3)[..., [8, 0, 1, 2, 3, 4, 5, 6, 7]].unflatten(3, (3, 3))  # noqa: E731
+        torch.testing.assert_close(attention(swap(x)), swap(attention(x)))
+
+
+@pytest.mark.parametrize("event", [False, True])
+def test_the_scale_is_one_over_h_or_for_events_over_h_h_c(event):
+    network = build("statten-2-256", "statten", width=1 / 16, network_settings={"event": event}).eval()
+    attention, seen = network.blocks[0].attention, {}
+    attention.joint.register_forward_hook(lambda _, x, y: seen.update(out=y))
+    attention.neuron2.register_forward_pre_hook(lambda _, x: seen.update(current=x[0]))
+    attention.neuron1.register_forward_hook(lambda _, x, y: seen.update(spikes=y))
+    attention(20 * torch.randn(4, 2, 16, 5, 3))
+    if event:
+        p = torch.stack([nn.functional.max_pool2d(s, 3, 1, 1) for s in seen["spikes"]])
+        torch.testing.assert_close(seen["current"], seen["out"] / (5 * 5 * 2) * p + p)
+    else:
+        torch.testing.assert_close(seen["current"], seen["out"] / 5)
+
+
+def test_sdt_masks_queries_by_channel():
+    attention, seen = build("sdt-2-256", "statten", width=1 / 16).blocks[0].attention.eval(), {}
+    for name in ("q", "k", "v"):
+        seen[name] = spikes(4, 2, 16, 3, 3)
+        getattr(attention, name).register_forward_hook(lambda _, x, y, name=name: seen[name])
+    attention.project.register_forward_pre_hook(lambda _, x: seen.update(out=x[0]))
+    attention(torch.randn(4, 2, 16, 3, 3))
+    gate = STAttenLIF(v_th=0.5)((seen["k"] * seen["v"]).sum((3, 4)))
+    assert torch.equal(seen["out"], seen["q"] * gate[..., None, None]) and 0 < gate.mean() < 1
+
+
+@pytest.mark.parametrize("event", [False, True])
+@pytest.mark.parametrize("name", ["statten-2-256", "sdt-2-256"])
+def test_every_weight_layer_receives_spikes(name, event):
+    network = build(name, "statten", width=1 / 16, network_settings={"event": event, "pools": "1011"})
+    frames = spikes(3, 4, 3, 16, 16) if event else torch.rand(3, 3, 16, 16)
+    found = energy.measure(calibrated(network, frames), [frames])
+    real = [op.name for op in found.operations if op.sees == "real numbers"]
+    assert real == ([] if event else ["embed.0.0"])
+    inner = {op.what for op in found.operations if op.name.endswith((".context", ".read"))}
+    assert inner == {"attention mask" if name.startswith("sdt") else "attention product"}
+    assert len(found.operations) == 5 + 2 * (4 + 2 + 2) + 1
+    assert len(found.undecided) <= 2, "an untrained block's attention may fall silent"
+
+
+def test_joint_attention_takes_as_many_multiply_adds_as_spatial_attention():
+    x, found = torch.rand(1, 3, 32, 32), {}
+    for chunk in (1, 2, 4):
+        network = build("statten-2-256", "statten", width=1 / 8, network_settings={"chunk": chunk})
+        found[chunk] = energy.measure(network, [x])
+    T, N, C, heads = 4, 64, 32, 8
+    assert {m.total("multiply_adds", "attention product") for m in found.values()} == {2 * 2 * T * N * C * C / heads}
+    assert len({m.total("multiply_adds") for m in found.values()}) == 1
+    assert len({m.parameters for m in found.values()}) == 1
+
+
+def test_published_sizes_by_counting():
+    def count(dim, depth, classes):
+        stem = 9 * (3 * dim // 8 + dim // 8 * dim // 4 + dim // 4 * dim // 2 + dim // 2 * dim + dim * dim)
+        norms = 2 * (dim // 8 + dim // 4 + dim // 2 + dim + dim)
+        block = 4 * (dim * dim + 2 * dim) + 2 * 4 * dim * dim + 2 * 4 * dim + 2 * dim
+        return stem + norms + depth * block + dim * classes + classes
+
+    for name, dim, depth in (("statten-2-256", 256, 2), ("sdt-2-512", 512, 2), ("statten-8-768", 768, 8)):
+        with torch.device("meta"):
+            assert sum(p.numel() for p in build(name, "statten").parameters()) == count(dim, depth, 10)
+
+
+def test_attention_maps_are_what_the_output_is_made_of():
+    network = build("statten-2-256", "statten", width=1 / 8, network_settings={"pools": "0011", "chunk": 2})
+    x = torch.rand(2, 3, 16, 16)
+    calibrated(network, x)
+    joint, seen = network.blocks[1].attention.joint, []
+    joint.register_forward_pre_hook(lambda _, qkv: seen.extend(qkv))
+    maps = attention_maps(network, x)
+    assert [tuple(m.shape) for m in maps] == [(2, 2, 32, 32)] * 2 and maps[1].sum() > 0
+    q, k = (s.unflatten(0, (2, 2)).permute(2, 0, 1, 4, 5, 3).flatten(2, 4) for s in seen[:2])  # (B, T/c, c N, C)
+    torch.testing.assert_close(maps[1], q @ k.transpose(-2, -1) / 8)  # all channels at once, over 8 heads
+    assert not joint.context._forward_pre_hooks
+
+
+def test_firing_rates_see_every_neuron_of_a_transformer():
+    network, x = build("statten-2-256", "statten", T=2, width=1 / 16), torch.rand(2, 3, 16, 16)
+    calibrated(network, x)
+    with firing_rates(network) as rates, torch.no_grad():
+        network(x)
+    assert set(rates()) == set(neurons(network)) and all(0 <= rate <= 1 for rate in rates().values())
+
+
+def test_fstas_operations_by_hand_and_by_torch():
+    network, x = build("resnet19", "fsta", T=2, width=1 / 16, k=3, reduction=2), torch.rand(1, 3, 8, 8)
+    found = energy.measure(calibrated(network, torch.rand(4, 3, 8, 8)), [x])
+    sizes = [(8, 8 * 8)] * 7 + [(16, 4 * 4)] * 6 + [(32, 2 * 2)] * 4
+    assert found.total("multiply_adds", "DCT") == sum(81 * hw for _, hw in sizes)
+    assert found.total("multiply_adds", "gates of FSTA") == sum(4 * 2 * c * hw for c, hw in sizes)
+    inside = [op for op in found.operations if op.in_neuron and op.what == "convolution"]
+    assert sum(op.multiply_adds for op in inside) == sum((9 * 4 + 4) * 49 * hw for _, hw in sizes)
+    assert all(op.sees == "real numbers" for op in inside)
+
+
+# --- the sequential task, the optimizer, the grids ---
+
+def test_rows_show_each_row_once_and_in_its_place():
+    image = torch.rand(1, 8, 8)
+    frames = data.Rows(4)(image)
+    assert frames.shape == (4, 1, 8, 8) and torch.equal(frames.sum(0), image)
+    for t in range(4):
+        assert torch.equal(frames[t, :, 2 * t:2 * t + 2], image[:, 2 * t:2 * t + 2])
+    digits, rows = (data.transform(name, 8, T=4)(data.Digits(True)[0][0]) for name in ("digits", "digits-rows"))
+    black = -0.30518 / 0.37599
+    torch.testing.assert_close((rows - black).sum(0), digits - black)
+
+
+def test_one_step_of_the_rows_does_not_suffice():
+    from sklearn.linear_model import LogisticRegression
+
+    digits = data.Digits(True), data.Digits(False)
+    x, y = ([np.asarray(d.data, float).reshape(-1, 8, 8) / 255, d.targets] for d in digits)
+    scores = [LogisticRegression(max_iter=200).fit(x[0][:, t], x[1]).score(y[0][:, t], y[1]) for t in range(8)]
+    whole = LogisticRegression(max_iter=200).fit(x[0].reshape(-1, 64), x[1]).score(y[0].reshape(-1, 64), y[1])
+    assert max(scores) < 0.65 and whole > 0.9
+
+
+def test_adamw_takes_momentum_as_its_first_beta():
+    layer = nn.Linear(2, 1)
+    optimizer = new_optimizer(Config(optimizer="adamw", momentum=0.8, lr=0.1, weight_decay=0.01), layer.parameters())
+    (group,) = optimizer.param_groups
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (group["betas"], group["lr"], group["weight_decay"]) == ((0.8, 0.999), 0.1, 0.01)
+
+
+@pytest.mark.parametrize("preset", ["smoke", "paper"])
+def test_the_grids_differ_in_the_compared_thing_only_and_share_their_runs(preset):
+    asked = experiments.Settings(preset, 1, {})
+    fsta, statten, rows = (grid(asked) for grid in (experiments.fsta, experiments.statten, experiments.rows))
+    assert len(set(fsta)) == 8 and len(set(statten)) == len(set(rows)) == 6, "two seeds at least"
+    compared = {"neuron", "network", "neuron_settings", "network_settings", "seed"}
+    for grid in (fsta, statten, rows):
+        assert len({str({k: v for k, v in vars(c).items() if k not in compared}) for c in grid}) == 1
+    for grid, chunk in ((statten, 2), (rows, 8)):
+        assert {c.network_settings.get("chunk") for c in grid} == {chunk, 1, None}
+        assert len({(c.neuron, c.network_settings["pools"]) for c in grid}) == 1
+    found = experiments.siblings(asked)
+    assert set(found) < {*fsta, *statten} and len(found) == 6
+    assert len({(c.dataset, c.epochs, c.T, c.image_size, c.train_images) for c in found}) == 1
+
+
+def test_a_readers_size_is_the_size_of_all_transformers():
+    configs = experiments.rows(experiments.Settings("smoke", 1, {"network": "statten-2-512", "T": 2, "epochs": 1}))
+    assert {c.network for c in configs} == {"statten-2-512", "sdt-2-512"} and {c.T for c in configs} == {2}
+    assert {c.network_settings.get("chunk") for c in configs} == {2, 1, None}
+
+
+def test_spectra_have_the_energy_of_the_spikes():
+    network, x = build("resnet19", "lif", T=2, width=1 / 16), torch.rand(4, 3, 8, 8)
+    calibrated(network, x)
+    with firing_rates(network) as rates, torch.no_grad():
+        network(x)
+    found = siblings.spectra(network, [(x[:3], None), (x[3:], None)])
+    mean = {name: float(e.sum((1, 2)).mean()) / e[0].numel() for name, e in found.items()}
+    assert mean == pytest.approx(rates(), rel=1e-4) and list(found) == list(neurons(network))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_an_interrupted_transformer_continues_with_adamw_on_rows(precision, tmp_path, monkeypatch):
+    config = Config(dataset="digits-rows", image_size=8, T=2, network="statten-2-256", neuron="statten", width=1 / 16,
+                    network_settings={"pools": "0011"}, optimizer="adamw", lr=3e-3, epochs=2, train_images=64,
+                    batch_size=32, precision=precision)
+
+    def interrupt(line):
+        if "epoch 1/" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config, device="cpu", log=interrupt)
+    continued = train.run(config, device="cpu", log=lambda line: None)
+    monkeypatch.setenv("STAA_RUNS", str(tmp_path / "others"))
+    undisturbed = train.run(config, device="cpu", log=lambda line: None)
+    assert continued.outcome == undisturbed.outcome and len(continued.outcome["epochs"]) == 2
+    assert continued.config["network_settings"] == {"heads": 8, "chunk": 2, "pools": "0011", "event": False}
