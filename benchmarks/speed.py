@@ -1,7 +1,8 @@
 """Neurons and networks against their peers, in one run: python benchmarks/speed.py [--device cuda] [--rounds 15].
 
-Each LIF neuron is the same one: decay 0.25, threshold 1, hard reset to 0; that it gives the same spikes is checked before
-anything is timed. Surrogates are rectangular, but for norse, which has none. The current is channels-last, as inside a network.
+Each LIF neuron is the same one: decay 0.25, threshold 1, hard reset to 0; that it gives the same spikes is checked
+before anything is timed. Surrogates are rectangular, but for norse, which has none. The current is channels-last, as
+inside a network.
 """
 
 import argparse
@@ -48,6 +49,15 @@ def inside(context, work):
 class ReLU(nn.ReLU):
     def __init__(self, channels, T):
         super().__init__()
+
+
+class SpikingJelly(nn.Module):
+    def __init__(self, channels, T, device):
+        super().__init__()
+        self.run = spikingjelly(device)
+
+    def forward(self, x):
+        return self.run(x)
 
 
 def spikingjelly(device):
@@ -152,9 +162,8 @@ def networks(device, rounds, batch=32, T=4) -> tuple[dict, dict]:
             network(x)
         return sum(seen.values()) / 2 ** 20
 
-    jelly = type("SpikingJelly", (nn.Module,), {"__init__": lambda self, channels, T: (
-        nn.Module.__init__(self), setattr(self, "run", spikingjelly(device)))[0], "forward": lambda self, x: self.run(x)})
-    nets = {"ReLU": build(ReLU), "SpikingJelly": build(jelly), "LIF": build("lif"), "STAA": build("staa", beta=0.0)}
+    nets = {"ReLU": build(ReLU), "SpikingJelly": build(SpikingJelly, device=device),
+            "LIF": build("lif"), "STAA": build("staa", beta=0.0)}
     cases = {name: step(network) for name, network in nets.items()}
     cases |= {f"{name}, reference": inside(Reference, step(nets[name])) for name in ("LIF", "STAA")}
     cases |= {f"{name}, inference": images(network) for name, network in nets.items()}

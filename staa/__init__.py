@@ -1,6 +1,6 @@
 """STAA-SNN: spiking neurons with a spatial-temporal attention aggregator (CVPR 2025), a reproducible companion."""
 
-from .attention import GlobalContext, PositionEncoding, STAALIF, StepAttention
+from .attention import STAALIF, GlobalContext, PositionEncoding, StepAttention
 from .config import Config
 from .fsta import FSTALIF
 from .networks import NETWORKS, NEURONS, build, firing_rates, neurons

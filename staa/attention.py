@@ -188,8 +188,9 @@ class STAALIF(LIF):
 
     def _fused(self, x: Tensor, dropped: list[bool]) -> Tensor:
         """The same in few passes over memory: see `fused_staa`."""
-        pe_input, pe_membrane, pe_output = (x.new_zeros(self.T, self.channels, dtype=fused.membrane_type(x)) if pe is None
-                                            else pe.weight for pe in (self.pe_input, self.pe_membrane, self.pe_output))
+        zero = x.new_zeros(self.T, self.channels, dtype=fused.membrane_type(x))
+        pe_input, pe_membrane, pe_output = (zero if pe is None else pe.weight
+                                            for pe in (self.pe_input, self.pe_membrane, self.pe_output))
 
         def added(context):  # (T, B, C); PE is the same everywhere, so it cancels in the softmax of eq. 7
             pe = pe_input[:, None].expand_as(context)
@@ -209,7 +210,7 @@ class STAALIF(LIF):
                 q, rest = self.sa.alpha - p, 0
             return p, q, q * added + p * pe_membrane[t] + rest + pe_output[t]
 
-        key, bias = (x.new_zeros(n, dtype=pe_input.dtype) for n in (self.channels, 1))
+        key, bias = zero[0], zero[0, :1]
         if self.gc is not None:
             key, bias = self.gc.key.weight.flatten(), self.gc.key.bias
         parameters = [p for name, p in self.named_parameters() if not name.startswith("gc.key")]

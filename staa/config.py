@@ -152,8 +152,8 @@ class Config:
         return hash(self.json)
 
     def but(self, **changes) -> "Config":
-        """The same run with other settings; another neuron or network starts from its own defaults, another dataset from
-        its own frames."""
+        """The same run with other settings; another neuron or network starts from its own defaults, another dataset
+        from its own frames."""
         check_names(changes)
         if changes.get("dataset", self.dataset) != self.dataset:
             changes.setdefault("frames", "")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .attention import GlobalContext, STAALIF
+from .attention import STAALIF, GlobalContext
 from .fsta import DCT, FSTALIF
 from .networks import SpikingNetwork, build, firing_rates, neurons
 from .statten import Mask, Product

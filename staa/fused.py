@@ -1,8 +1,8 @@
-"""The plain neuron in few passes over memory. What it computes stands in `neuron.py`; this file only computes it faster,
-and is tested against it. `fused_staa.py` does the same for the STAA neuron.
+"""The plain neuron in few passes over memory. What it computes stands in `neuron.py`; this file only computes it
+faster, and is tested against it. `fused_staa.py` does the same for the STAA neuron.
 
-A neuron is limited by memory traffic, so each number is read and written as few times as can be, and nothing is kept for
-the backward pass but the current: the membrane potential is computed anew. There are two ways, chosen by themselves:
+A neuron is limited by memory traffic, so each number is read and written as few times as can be, and nothing is kept
+A neuron is limited by memory traffic, so each number is read and written as few times as can be, and nothing is kept
 compiled (Inductor, Triton), one pass for all time steps; and, where there is no compiler or a current is too small to
 compile for, operators that work in place on slices that stay in the cache.
 
@@ -55,8 +55,8 @@ def membrane_type(x: Tensor) -> torch.dtype:
 
 @functools.cache
 def constants(numbers: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Settings as one small tensor. As Python numbers they would be compiled in or, with dynamic=True in torch 2.13, give
-    wrong spikes from the second set of them on."""
+    """Settings as one small tensor. As Python numbers they would be compiled in or, with dynamic=True in torch 2.13,
+    give wrong spikes from the second set of them on."""
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 
@@ -153,8 +153,8 @@ def select(y: Tensor, v: Tensor, low: float, high: float, out: Tensor):
 
 
 def slices(x: Tensor, buffers: int):
-    """(slice, buffers) after one another over the rows of x (T, N); on a GPU the slice is everything. The buffers are the
-    same memory again and again, in the membrane's type."""
+    """(slice, buffers) after one another over the rows of x (T, N); on a GPU the slice is everything. The buffers are
+    the same memory again and again, in the membrane's type."""
     size = min(SLICE, x.shape[1]) if x.device.type == "cpu" else x.shape[1]
     memory = x.new_empty(buffers, size, dtype=membrane_type(x))
     for start in range(0, x.shape[1], size):

@@ -1,5 +1,5 @@
-"""The STAA neuron in few passes over memory. What it computes stands in `attention.py`; this file only computes it faster,
-and is tested against it.
+"""The STAA neuron in few passes over memory. What it computes stands in `attention.py`; this file only computes it
+faster, and is tested against it.
 
 X~ - X does not depend on space, so X~ never comes to be. All that the aggregator does to the current is
 

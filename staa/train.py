@@ -192,7 +192,8 @@ def gradient(network, x, y, config: Config, moment: tuple[int, int], whole: int,
         if statistics:
             statistics.add()
         total += loss.detach() * len(y)
-        counts[0] += (logits.argmax(1) == (y if y.dim() == 1 else y.argmax(1))).sum()  # mix-up: the larger share's class
+        labels = y if y.dim() == 1 else y.argmax(1)  # of a mix-up the larger share's class
+        counts[0] += (logits.argmax(1) == labels).sum()
         counts[1] += len(y)
     if statistics:
         statistics.settle(peers)

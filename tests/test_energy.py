@@ -7,8 +7,22 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from staa import (LIF, NETWORKS, NEURONS, Config, build, data, energy, experiments, lemaire, neurons, plots, records,
-                  tables, train)
+from staa import (
+    LIF,
+    NETWORKS,
+    NEURONS,
+    Config,
+    build,
+    data,
+    energy,
+    experiments,
+    lemaire,
+    neurons,
+    plots,
+    records,
+    tables,
+    train,
+)
 from staa.networks import SpikingNetwork, Steps
 
 

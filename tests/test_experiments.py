@@ -1,11 +1,30 @@
 import pytest
 import torch
 
-from staa import NEURONS, Config, experiments, records
+from staa import NEURONS, Config, records, runner
 from staa.config import ConfigError
-from staa.experiments import (FIGURE2, FIGURE3, FIGURE5, POSITION_ENCODING, PRESETS, SMOKE, TABLE1, TABLE4,
-                              TABLE4_STEPS, assigned, convergence, figure2, figure3, figure5, position_encoding,
-                              run_all, settings, table1, table2, table4)
+from staa.experiments import (
+    FIGURE2,
+    FIGURE3,
+    FIGURE5,
+    POSITION_ENCODING,
+    PRESETS,
+    SMOKE,
+    TABLE1,
+    TABLE4,
+    TABLE4_STEPS,
+    assigned,
+    convergence,
+    figure2,
+    figure3,
+    figure5,
+    position_encoding,
+    run_all,
+    settings,
+    table1,
+    table2,
+    table4,
+)
 
 CELL = "# Parameters\npreset = 'smoke'\nseeds = 1\ndataset = None\nnetwork = None\nneuron = None\nT = None\nlr = None"
 
@@ -152,8 +171,8 @@ def test_one_failure_does_not_cost_the_others():
 
 
 def test_the_bar():
-    assert experiments.bar(0, 4) == "[....................] 0/4 runs"
-    assert experiments.bar(3, 4, "x") == "[###############.....] 3/4 runs  x"
+    assert runner.bar(0, 4) == "[....................] 0/4 runs"
+    assert runner.bar(3, 4, "x") == "[###############.....] 3/4 runs  x"
 
 
 def test_a_kernel_without_history_will_do():

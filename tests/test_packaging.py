@@ -58,9 +58,9 @@ def test_the_core_imports_need_no_more_than_torch_torchvision_and_numpy():
 
 def test_imports_go_downwards():
     order = ["fused", "fused_staa", "neuron", "attention", "fsta", "networks", "statten", "records", "simulator", "events",
-             "frames", "data", "samples", "config", "optimizer", "distributed", "checkpoint", "train", "experiments",
-             "energy", "lemaire", "gradcam", "stats", "tables", "studies", "plots", "curves", "siblings", "canvas",
-             "diagrams", "sliders", "items", "page"]
+             "frames", "data", "samples", "config", "optimizer", "distributed", "checkpoint", "train", "runner",
+             "experiments", "energy", "lemaire", "gradcam", "stats", "tables", "studies", "plots", "curves", "siblings",
+             "canvas", "diagrams", "sliders", "items", "page"]
     files = {path.stem: path for path in (ROOT / "staa").glob("*.py") if path.stem != "__init__"}
     assert set(files) == set(order), "a new module takes its place in this list and in the README"
     for name, path in files.items():

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from faults import PROCESSES, SMALL, apart, epochs_of
 
-from staa import records
 from staa.records import Record, RecordError, find, vouched, write
 from staa.train import run
 

@@ -1,0 +1,81 @@
+"""Running many runs: what has a record is read, the rest is trained, as many at once as the machine allows."""
+
+import os
+import queue
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+
+import torch
+
+from . import data, records, samples
+from .config import Config
+from .distributed import started
+from .records import Record
+from .train import run
+
+
+def run_all(configs: list[Config], *, log: Callable[[str], None] = print) -> list[Record]:
+    """The records of these runs, in order. On CPU as many at once as cores allow, on a GPU one after the other.
+
+    Logs one line an epoch and one bar after each run. A run that fails does not stop the others; the first failure is
+    raised once all have ended, and what has ended stays in runs/.
+    """
+    found = {config: record for config in configs if (record := records.find(config))}
+    missing = [config for config in configs if config not in found]
+    if started():  # one run after the other on all of torchrun's processes, which end together where one fails
+        return [run(config, log=log) for config in configs]
+    for dataset in dict.fromkeys(config.dataset for config in missing):
+        if dataset == "imagefolder:digits64":
+            samples.digit_images()
+        data.load(dataset, train=True)  # one clear sentence now rather than one from every run
+    log(bar(len(found), len(configs), "complete before" if found else ""))
+    failures = []
+    for config, outcome in _outcomes(missing, log):
+        if isinstance(outcome, Exception):
+            failures.append(outcome)
+            log(f"{config}: failed: {outcome}")
+        else:
+            found[config] = outcome
+            log(bar(len(found), len(configs), str(config)))
+    if failures:
+        raise failures[0]
+    return [found[config] for config in configs]
+
+
+def _outcomes(configs, log):
+    """(config, Record or Exception) as each run ends."""
+    threads = max((config.threads for config in configs), default=1)
+    jobs = min(1 if torch.cuda.is_available() else (os.cpu_count() or 1) // threads, len(configs))
+    if jobs <= 1:
+        for config in configs:
+            yield config, attempt(config, log)
+        return
+    context = get_context("spawn")
+    with context.Manager() as manager:
+        lines = manager.Queue()
+        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+            # Longest first, so that no core is left with a long run at the end.
+            order = sorted(configs, key=lambda c: c.T * (c.network == "resnet19") + c.T, reverse=True)
+            pending = {pool.submit(attempt, config, lines.put): config for config in order}
+            while pending:
+                done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                while True:
+                    try:
+                        log(lines.get_nowait())
+                    except queue.Empty:
+                        break
+                for future in done:
+                    yield pending.pop(future), future.exception() or future.result()
+
+
+def attempt(config: Config, log) -> Record | Exception:
+    try:
+        return run(config, log=log)
+    except (RuntimeError, OSError) as error:
+        return error
+
+
+def bar(done: int, total: int, what: str = "") -> str:
+    filled = 20 * done // max(total, 1)
+    return f"[{'#' * filled}{'.' * (20 - filled)}] {done}/{total} runs  {what}".rstrip()
