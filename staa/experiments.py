@@ -58,7 +58,7 @@ POSITION_ENCODING = [("learned", dict(pe_kind="learned")), ("fixed", dict(pe_kin
 #: Table 2's own rows, as ImageNet is trained: the paper gives 300 epochs, the rest is our choice.
 TABLE2 = ["resnet18", "resnet34"]
 IMAGENET = dict(T=4, image_size=224, augment="imagenet", batch_size=256, weight_decay=1e-4)
-SMOKE_IMAGENET = dict(T=4, augment="imagenet", epochs=3)
+SMOKE_IMAGENET = dict(T=4, augment="imagenet", epochs=3, batch_size=16)
 
 #: Table 4, the blocks. With all of them off, the neuron is the plain LIF.
 TABLE4 = [("baseline", dict(gc=False, pe=False, sa=False, beta=0.0)),

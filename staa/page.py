@@ -130,9 +130,13 @@ def main() -> int:
     """Everything; the exit status is 1 where a notebook failed, and the others are there all the same."""
     found = items()
     stale = [item for item in found if not item.fresh()]
-    run_all(list(dict.fromkeys(config for item in stale for config in item.runs())))
+    failures = []
+    try:
+        run_all(list(dict.fromkeys(config for item in stale for config in item.runs())))
+    except RuntimeError as error:  # the other runs have ended well, and the notebook of this one will say it too
+        failures.append(f"a run failed: {error}")
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # each waits for a process of its own
-        failures = [error for error in pool.map(execute, stale) if error]
+        failures += [error for error in pool.map(execute, stale) if error]
     target = records.folder("figures") / "index.html"
     records.write(target, page(found).encode())
     print(*failures, f"{target}: {len(found)} items, {len(failures)} failed", sep="\n")

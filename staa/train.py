@@ -38,7 +38,7 @@ def run(config: Config, *, device: str | None = None, data_root: Path | None = N
     """The record of this run, from disk or from training; logs one line an epoch.
 
     device: "cpu", "cuda", ...; by default a GPU where there is one. workers: processes that load data; by default none
-    for embedded data and one a core, at most eight, for the rest. Neither changes the outcome on a CPU.
+    for fewer than 5,000 images and one a core, at most eight, for more. Neither changes the outcome on a CPU.
     The run lives in runs/NAME: checkpoint.pt after every epoch, at the end record.json and weights.pt. Where another
     process trains the same run, this one waits and reads. Raises DataError, RecordError or TrainingError, one sentence.
     """
@@ -100,7 +100,7 @@ def _train(config: Config, place: Path, device, data_root, workers, log, peers: 
         raise TrainingError(f"the last batch of {config} has fewer images than there are processes ({peers.size}); "
                             "choose another batch_size or train_images.")
     if workers is None:
-        workers = 0 if config.dataset in data.EMBEDDED else min(len(os.sched_getaffinity(0)), 8)
+        workers = 0 if len(indices) < 5_000 else min(len(os.sched_getaffinity(0)), 8)  # starting them takes seconds
     with own_state(config, device):
         torch.manual_seed(data.mix(config.seed))
         network = new_network(config, len(train_set.classes))

@@ -97,6 +97,17 @@ def small(tmp_path, monkeypatch):
         nbformat.write(book, page.NOTEBOOKS / f"{name}.ipynb")
 
 
+def test_a_run_that_fails_costs_no_notebook(small, capsys, monkeypatch):
+    def fails(configs):
+        raise RuntimeError("the loss of x is no longer finite.")
+
+    monkeypatch.setattr(page, "run_all", fails)
+    (page.NOTEBOOKS / "bad.ipynb").unlink()
+    assert page.main() == 1
+    said = capsys.readouterr().out
+    assert "good: executed" in said and "a run failed: the loss of x is no longer finite." in said
+
+
 def test_a_notebook_that_fails_costs_no_other_and_nothing_is_done_twice(small, capsys):
     assert page.main() == 1
     said = capsys.readouterr().out
