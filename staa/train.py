@@ -27,6 +27,7 @@ from .distributed import ALONE, PeerError, Peers, Statistics, join
 from .networks import build, firing_rates
 from .optimizer import learning_rate, new_optimizer
 from .records import Record
+from .resident import Loader
 
 
 class TrainingError(RuntimeError):
@@ -110,15 +111,15 @@ def _train(config: Config, place: Path, device, data_root, workers, log, peers: 
         optimizer = new_optimizer(config, network.parameters())
         epochs, seconds = resume(place / "checkpoint.pt", network, optimizer, peers)
         augment = data.transform(config.dataset, config.image_size, config.augment, config.T)
+        load = Loader(config, device, workers, peers)
         for epoch in range(len(epochs), config.epochs):
             start = time.perf_counter()
             torch.manual_seed(data.mix(config.seed, epoch + 1))  # an epoch's randomness needs no saved state
             view = data.View(train_set, indices, augment, config.seed, epoch, mixup="mixup" in config.augment)
-            loader = data.batches(view, config.batch_size, shuffle=True, workers=workers)
-            loader = peers.share(loader, config.microbatch)
+            loader = load(view, config.augment, shuffle=True)
             loss, accuracy = train_epoch(network, optimizer, loader, config, epoch, device, peers)
-            loader = data.batches(tests, config.batch_size, shuffle=False, workers=workers)
-            test_loss, test_accuracy, rates = evaluate(network, peers.share(loader), config, device, peers)
+            loader = load(tests, "none", shuffle=False)
+            test_loss, test_accuracy, rates = evaluate(network, loader, config, device, peers)
             if not math.isfinite(test_loss):
                 raise TrainingError(f"the test loss of {config} is no longer finite in epoch {epoch + 1}; "
                                     f"{advice(config, epoch)}.")

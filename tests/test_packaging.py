@@ -58,7 +58,7 @@ def test_the_core_imports_need_no_more_than_torch_torchvision_and_numpy():
 
 def test_imports_go_downwards():
     order = ["fused", "fused_staa", "neuron", "attention", "fsta", "networks", "statten", "records", "simulator", "events",
-             "frames", "data", "samples", "config", "optimizer", "distributed", "checkpoint", "train", "runner",
+             "frames", "data", "samples", "config", "optimizer", "distributed", "checkpoint", "resident", "train", "runner",
              "experiments", "energy", "lemaire", "gradcam", "stats", "tables", "studies", "plots", "curves", "siblings",
              "canvas", "diagrams", "sliders", "items", "page"]
     files = {path.stem: path for path in (ROOT / "staa").glob("*.py") if path.stem != "__init__"}
