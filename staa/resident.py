@@ -40,9 +40,10 @@ class Loader:
     def __call__(self, view: View, augment: str, *, shuffle: bool) -> Iterable[tuple[Tensor, Tensor]]:
         size = self.config.batch_size
         if self.peers.size == 1 and fits(view, augment, self.device):
-            if id(view.dataset) not in self.resident:
-                self.resident[id(view.dataset)] = Images(view, self.config.dataset, self.device)
-            return Batches(self.resident[id(view.dataset)], size, augment, shuffle=shuffle, seed=view.seed, epoch=view.epoch)
+            key = id(view.dataset)
+            if key not in self.resident:
+                self.resident[key] = Images(view, self.config.dataset, self.device)
+            return Batches(self.resident[key], size, augment, shuffle=shuffle, seed=view.seed, epoch=view.epoch)
         loader = batches(view, size, shuffle=shuffle, workers=self.workers)
         return self.peers.share(loader, self.config.microbatch if shuffle else 0)
 
