@@ -4,7 +4,7 @@ READY := .venv/.ready
 NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/*.ipynb)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all list test lock refresh clean $(NOTEBOOKS)
+.PHONY: help setup all list test bench lock refresh clean $(NOTEBOOKS)
 
 help:            ## list the targets
 	@echo "make NAME executes notebooks/NAME.ipynb on the embedded data: $(NOTEBOOKS)"
@@ -35,6 +35,9 @@ test: $(READY)   ## the test suite, and nbval over every notebook
 	$(BIN)/python -m pytest
 	dir=$$(mktemp -d) && STAA_RUNS=$$dir/runs STAA_FIGURES=$$dir/figures \
 		$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=1200 notebooks; status=$$?; rm -rf $$dir; exit $$status
+
+bench: $(READY)  ## the benchmarks: about ten minutes; writes benchmarks/README.md
+	cd benchmarks && for part in speed scaling loader events report; do ../$(BIN)/python $$part.py || exit 1; done
 
 lock: $(READY)   ## renew requirements.txt from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate --no-header \

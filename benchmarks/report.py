@@ -1,0 +1,81 @@
+"""benchmarks/README.md out of the newest measurements: python benchmarks/report.py."""
+
+import json
+
+from speed import rows
+from timing import HERE
+
+from staa import records
+
+PEERS = ("copy", "SpikingJelly", "snnTorch", "norse", "LIF, reference", "LIF, no compiler", "LIF", "STAA, reference", "STAA")
+TEXT = """# How fast it is
+
+`make bench` measures everything on this page and writes it anew. Every ratio comes from one run in which the cases take
+turns, and is one of medians; a row that misses its goal is shown as it is. None of it is a test: what the tests hold is
+that nothing but the current is kept for the backward pass, and that each neuron compiles without a graph break.
+"""
+
+
+def table(head, lines) -> str:
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+def described(found) -> str:
+    m = found["machine"]
+    return f"{m.get('device', m['processor'])}, {m['threads']} threads, torch {m['torch']}"
+
+
+def speed(found) -> str:
+    goals = table(["quantity", "measured", "goal", ""],
+                  [(what, f"{value:.2f}", goal, "" if not goal else "met" if met else "**missed**")
+                   for what, value, goal, met in rows(found)])
+    times = []
+    for shape in (key for key in found if key.startswith("(")):
+        times += [(shape, name, f"{t['median']:.2f}", f"{t['quartiles'][0]:.2f} to {t['quartiles'][1]:.2f}")
+                  for name in PEERS if (t := found[shape].get(name))]
+    steps = [(name, f"{t['median']:.0f}", f"{t['quartiles'][0]:.0f} to {t['quartiles'][1]:.0f}",
+              found["MiB kept for the backward pass"].get(name, "")) for name, t in found["network"].items()]
+    return (f"## Neurons and networks\n\n{described(found)}, {found['rounds']} rounds.\n\n{goals}\n\n"
+            "One neuron, forward and backward, (T, B, C, H, W), float32:\n\n"
+            f"{table(['current', 'neuron', 'median, ms', 'quartiles'], times)}\n\n"
+            "ResNet-20, T 4, batch 32, training step unless it says inference:\n\n"
+            f"{table(['neurons', 'median, ms', 'quartiles', 'MiB kept'], steps)}\n")
+
+
+def scaling(found) -> str:
+    return (f"## Scaling\n\nResNet-20 at width 1/4, T 4, batch 16, one of the three changed at a time. "
+            f"{described(found)}.\n\n![Training step and memory against T, batch and width](scaling-cpu.png)\n")
+
+
+def loader(found) -> str:
+    lines = [(augment, f"{t['load']['median']:.0f}", f"{t['step']['median']:.0f}",
+              f"{100 * t['load']['median'] / t['step']['median']:.1f} %")
+             for augment, t in found["share of a step"].items()]
+    rates = [(augment, f"{rate:,}") for augment, rate in found["images a second from the device's memory"].items()]
+    return (f"## Loading\n\nA batch of {found['batch']} CIFAR images against a training step of STAA ResNet-20 on it, "
+            f"without worker processes. {described(found)}.\n\n"
+            f"{table(['augmentation', 'loading, ms', 'step, ms', 'share'], lines)}\n\n"
+            "The loader of a GPU, which keeps the images in the device's memory, here on the CPU:\n\n"
+            f"{table(['augmentation', 'images a second'], rates)}\n")
+
+
+def events(found) -> str:
+    c = found["conditions"]
+    return (f"## Events\n\n{c['recordings']} simulated recordings, {c['events']:,} events, into {c['T']} frames of "
+            f"{c['sensor']} x {c['sensor']}, {c['threads']} thread.\n\n"
+            f"{table(['quantity', 'measured'], [(k, f'{v:,g}') for k, v in found['results'].items()])}\n")
+
+
+def main():
+    parts = [TEXT]
+    for name, section in (("speed-cpu", speed), ("scaling-cpu", scaling), ("loader-cpu", loader), ("events", events)):
+        if (path := HERE / f"{name}.json").exists():
+            parts.append(section(json.loads(path.read_text())))
+    if not list(HERE.glob("*-cuda.json")):
+        parts.append("## GPU\n\nNothing is measured on a GPU yet: `python benchmarks/speed.py --device cuda`, and the "
+                     "same of `scaling.py` and `loader.py`.\n")
+    records.write(HERE / "README.md", "\n".join(parts).encode())
+
+
+if __name__ == "__main__":
+    main()
