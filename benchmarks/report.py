@@ -7,7 +7,8 @@ from timing import HERE
 
 from staa import records
 
-PEERS = ("copy", "SpikingJelly", "snnTorch", "norse", "LIF, reference", "LIF, no compiler", "LIF", "STAA, reference", "STAA")
+PEERS = ("copy", "SpikingJelly", "snnTorch", "norse", "LIF, reference", "LIF, no compiler", "LIF", "STAA, reference",
+         "STAA")
 TEXT = """# How fast it is
 
 `make bench` measures everything on this page and writes it anew. Every ratio comes from one run in which the cases
