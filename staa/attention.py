@@ -10,7 +10,6 @@ our reading: with the gate at 1/2 and alpha = 2 the aggregator starts as the pla
 """
 
 import math
-from types import NoneType
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +102,10 @@ class StepAttention(nn.Module):
     def forward(self, hm: Tensor, x: Tensor) -> Tensor:
         pooled = (hm + x).mean((-2, -1), keepdim=True)
         return self.alpha * self.excite(self.squeeze(pooled).relu()).sigmoid()
+
+
+#: What the aggregator is made of.
+BLOCKS = {PositionEncoding, GlobalContext, StepAttention, nn.Conv2d, nn.LayerNorm}
 
 
 class STAALIF(LIF):
@@ -217,12 +220,11 @@ class STAALIF(LIF):
         return fused_staa.aggregated(x, key, bias, added, mixing, parameters, self.numbers()[2:])
 
     def is_plain(self) -> bool:
-        """As in LIF; and nobody listens to a block, whose modules `fused` does not call as they are."""
+        """As in LIF; and no block is another's, or has anybody who listens: `fused` does not call them as modules."""
         own = all(getattr(type(self), name) is getattr(STAALIF, name) for name in ("attend", "mix"))
-        blocks = all(type(block) in (NoneType, kind) for block, kind in (
-            (self.gc, GlobalContext), (self.sa, StepAttention), (self.pe_input, PositionEncoding)))
-        return own and blocks and super().is_plain() and not any(
-            m._forward_hooks or m._forward_pre_hooks for child in self.children() for m in child.modules())
+        inner = [module for child in self.children() for module in child.modules()]
+        return own and super().is_plain() and all(type(m) in BLOCKS and not (
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks) for m in inner)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, T={self.T}, beta={self.beta}, {super().extra_repr()}"

@@ -214,23 +214,42 @@ def test_a_changed_equation_takes_the_reference():
     assert learned.decay.grad is not None
 
     neuron, calls = STAALIF(4, 2), []
-    neuron.sa.register_forward_hook(lambda *_: calls.append(1))
+    neuron.sa.register_forward_hook(lambda *_: calls.append("forward"))
     neuron(torch.randn(2, 1, 4, 3, 3))
-    assert calls
+    neuron = STAALIF(4, 2)
+    neuron.gc.query.register_full_backward_hook(lambda *_: calls.append("backward"))
+    neuron(torch.randn(2, 1, 4, 3, 3)).sum().backward()
+    assert set(calls) == {"forward", "backward"}
+
+    class Twice(torch.nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    neuron = STAALIF(4, 2).eval()
+    x = torch.randn(2, 1, 4, 3, 3)
+    shaken(neuron)
+    other = STAALIF(4, 2).eval()
+    other.sa.excite = Twice(1, 4, 1)
+    other.load_state_dict(neuron.state_dict())
+    assert not other.is_plain() and neuron.is_plain()
+    with torch.no_grad():
+        neuron.sa.excite.weight *= 2
+        neuron.sa.excite.bias *= 2
+    assert torch.equal(neuron(x), other(x))
 
 
 def test_the_switch(monkeypatch):
     called = []
     monkeypatch.setattr(fused, "lif", lambda *a: called.append("lif"))
-    monkeypatch.setattr(fused_staa, "aggregated", lambda *a: called.append("staa"))
+    monkeypatch.setattr(fused_staa, "aggregated", lambda x, *a: called.append("staa"))
     fused.enabled = False
     LIF()(torch.zeros(2, 1))
     STAALIF(4, 2)(torch.zeros(2, 1, 4, 3, 3))
     assert called == []
     fused.enabled = True
     LIF()(torch.zeros(2, 1))
-    STAALIF(4, 2).eval()
-    assert called == ["lif"]
+    STAALIF(4, 2)(torch.zeros(2, 1, 4, 3, 3))
+    assert called == ["lif", "staa"]
 
 
 def test_without_a_compiler(monkeypatch):
