@@ -23,6 +23,8 @@ from .records import Record, RecordError
 
 #: A folder in the hub's manner: the weights, which hold the config too, and the config as a file to read.
 MODEL, CONFIG = "model.safetensors", "config.json"
+#: The entry of a file's metadata: {"config": every setting, "classes": K, "sha256": of these two and the tensors}.
+ENTRY = "staa"
 
 
 def new_network(config: Config, classes: int) -> SpikingNetwork:
@@ -52,9 +54,10 @@ def save(path: Path, tensors: dict[str, Tensor], config: Config, classes: int):
     tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     if reason := misfit(tensors, config, classes):
         raise RecordError(f"{path} was not written: {reason}.")
-    about = {"config": config.json, "classes": str(classes)}
-    metadata = {"format": "pt"} | about | {"sha256": checksum(about, tensors)}  # "pt": what other libraries look for
-    records.write(path, library().torch.save(tensors, metadata))
+    about = {"config": json.loads(config.json), "classes": classes}
+    about["sha256"] = checksum(about, tensors)
+    # One entry: of several the library would change the order from file to file.
+    records.write(path, library().torch.save(tensors, {ENTRY: json.dumps(about, sort_keys=True)}))
 
 
 def load(path: Path | str) -> SpikingNetwork:
@@ -74,25 +77,24 @@ def rebuilt(path: Path, advice: str) -> SpikingNetwork:
     safetensors = library()
     with undamaged("weights file", path, advice):
         with safetensors.safe_open(path, "pt") as file:
-            about = file.metadata() or {}
+            about = (file.metadata() or {}).get(ENTRY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        expected = about.pop("sha256", None)
-        about = {name: about[name] for name in ("config", "classes") if name in about}
-    if expected is None or len(about) < 2:
+    if about is None:
         raise RecordError(f"the weights file {path} holds no config of this package, so that its network is not known.")
     with undamaged("weights file", path, advice):
-        config, reason = json.loads(about["config"]), ""
+        about = json.loads(about)
+        expected, classes, reason = about.pop("sha256"), about["classes"], ""
         try:
-            config = Config.from_dict(config)
+            config = Config.from_dict(about["config"])
         except ConfigError as error:
             reason = f"its network cannot be built, {error}"
-        reason = reason or misfit(tensors, config, int(about["classes"]))
+        reason = reason or misfit(tensors, config, classes)
         if not reason and expected != checksum(about, tensors):
             raise ValueError("its checksum is wrong")
     if reason:
         raise RecordError(f"the weights file {path} does not match its config: {reason}.")
     with torch.random.fork_rng(devices=[]):  # the caller's generator does not see the first weights being drawn
-        network = new_network(config, int(about["classes"]))
+        network = new_network(config, classes)
     network.load_state_dict(tensors)
     return network.eval()
 
@@ -112,7 +114,7 @@ def misfit(tensors: dict[str, Tensor], config: Config, classes: int) -> str:
     return ""
 
 
-def checksum(about: dict[str, str], tensors: dict[str, Tensor]) -> str:
+def checksum(about: dict, tensors: dict[str, Tensor]) -> str:
     """Over the config and every tensor's name, type, shape and bytes: safetensors itself has no checksum."""
     total = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, t in sorted(tensors.items()):
