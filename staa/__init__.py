@@ -8,7 +8,9 @@ from .neuron import LIF, rectangle
 from .records import Record
 from .statten import STAttenLIF
 from .train import run
+from .weights import from_pretrained, load, save_pretrained
 
 __version__ = "0.1.0"
 __all__ = ["LIF", "STAALIF", "FSTALIF", "STAttenLIF", "PositionEncoding", "GlobalContext", "StepAttention", "rectangle",
-           "build", "neurons", "firing_rates", "NETWORKS", "NEURONS", "Config", "Record", "run"]
+           "build", "neurons", "firing_rates", "NETWORKS", "NEURONS", "Config", "Record", "run",
+           "load", "save_pretrained", "from_pretrained"]

@@ -2,16 +2,21 @@
 
     python -m staa.items train table4 preset=cut seeds=3    # every run of the grid into runs/, what is there is kept
     python -m staa.items vouch table4 preset=cut seeds=3    # its finished records into data/records
+    python -m staa.items ship NAME                          # runs/NAME: its record and its network into data
 """
 
 import sys
+from pathlib import Path
 
-from . import records
+from . import records, weights
 from .config import Config, ConfigError
 from .data import DataError
 from .experiments import ITEMS, PARAMETERS, Settings, run_all, settings
-from .records import RecordError
+from .records import Record, RecordError
 from .train import words_to_settings
+
+#: Bytes that a shipped network may have: it is committed.
+SHIPPED = 10_000_000
 
 
 def parameters(words: list[str]) -> Settings:
@@ -31,9 +36,29 @@ def vouch(configs: list[Config]) -> tuple[list[Config], list[Config]]:
     return [c for c in configs if found[c]], [c for c in configs if not found[c]]
 
 
+def ship(name: str) -> Path:
+    """A finished run's network to data/networks and its record to data/records. Raises RecordError where there is no
+    such run, its weights are damaged, or they are too large to be committed."""
+    path = records.folder("runs") / name / "record.json"
+    if not path.is_file():
+        raise RecordError(f"there is no finished run {path.parent}.")
+    record = Record.load(path)
+    network = weights.trained(record)
+    size = sum(t.nbytes for t in network.state_dict().values())
+    if size > SHIPPED:
+        raise RecordError(f"the network of {name} has {size / 1e6:.1f} MB; at most {SHIPPED / 1e6:.0f} MB are shipped.")
+    shipped = records.folder("networks") / f"{network.config.name}.safetensors"
+    weights.save(shipped, network.state_dict(), network.config, record.outcome["classes"])
+    record.save(records.folder("records") / f"{network.config.name}.json")
+    return shipped
+
+
 def main(words: list[str]):
+    if len(words) == 2 and words[0] == "ship":
+        return print(f"{ship(words[1])} is written, and its record beside those in {records.folder('records')}.")
     if len(words) < 2 or words[0] not in ("train", "vouch") or words[1] not in ITEMS:
-        raise ConfigError(f"write train or vouch, then one of {', '.join(ITEMS)}, then name=value, ...")
+        raise ConfigError(f"write train or vouch, then one of {', '.join(ITEMS)}, then name=value, ...; or ship "
+                          "and the name of a finished run")
     configs = ITEMS[words[1]](parameters(words[2:]))
     if words[0] == "train":
         return run_all(configs)

@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import data, records
-from .checkpoint import read, resume, save, undamaged
+from .checkpoint import resume, save
 from .config import Config, ConfigError
 from .distributed import ALONE, PeerError, Peers, Statistics, join
-from .networks import build, firing_rates
+from .networks import firing_rates
 from .optimizer import learning_rate, new_optimizer
 from .records import Record
 from .resident import Loader
+from .weights import keep, new_network
+from .weights import trained as trained
 
 
 class TrainingError(RuntimeError):
@@ -40,8 +42,9 @@ def run(config: Config, *, device: str | None = None, data_root: Path | None = N
 
     device: "cpu", "cuda", ...; by default a GPU where there is one. workers: processes that load data; by default none
     for fewer than 5,000 images and one a core, at most eight, for more. Neither changes the outcome on a CPU.
-    The run lives in runs/NAME: checkpoint.pt after every epoch, at the end record.json and weights.pt. Where another
-    process trains the same run, this one waits and reads. Raises DataError, RecordError or TrainingError, one sentence.
+    The run lives in runs/NAME: checkpoint.pt after every epoch, at the end record.json and weights.safetensors
+    (weights.pt where safetensors is not installed). Where another process trains the same run, this one waits and
+    reads. Raises DataError, RecordError or TrainingError, one sentence.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
@@ -140,7 +143,7 @@ def _train(config: Config, place: Path, device, data_root, workers, log, peers: 
                    "classes": len(train_set.classes), "train_images": len(indices), "test_images": len(test_set),
                    "fingerprint": {"train": data.fingerprint(train_set), "test": data.fingerprint(test_set)}}
         record = Record(json.loads(config.json), outcome, records.provenance(device, seconds, code, peers.size))
-        save(place / "weights.pt", state["network"])
+        keep(place, state["network"], config, len(train_set.classes), log)
         record.save(place / "record.json")
         (place / "checkpoint.pt").unlink(missing_ok=True)
         return Record.load(place / "record.json")  # what any later reader gets, the order of its entries included
@@ -235,28 +238,6 @@ def to(x: Tensor, device, config: Config) -> Tensor:
 
 def autocast(device, config: Config):
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-
-
-def trained(record: Record) -> torch.nn.Module:
-    """The network of a finished run, on the CPU, in evaluation, with the final weights of runs/NAME/weights.pt.
-
-    Raises RecordError where the weights are not there (a record in data/records comes without) or damaged.
-    """
-    config = Config.from_dict(record.config)
-    path = records.folder("runs") / config.name / "weights.pt"
-    advice = "set STAA_RUNS and STAA_RECORDS to empty folders, and the run trains the network anew"
-    if not path.is_file():
-        raise records.RecordError(f"the weights of {config} were looked for in {path} and are not there "
-                                  f"(a record in data/records comes without them); {advice}.")
-    network = new_network(config, record.outcome["classes"])
-    with undamaged("weights file", path, advice):
-        network.load_state_dict(read(path))
-    return network.eval()
-
-
-def new_network(config: Config, classes: int) -> torch.nn.Module:
-    return build(config.network, config.neuron, classes, config.T, data.describe(config.dataset).channels, config.width,
-                 config.network_settings, **config.neuron_settings)
 
 
 def evaluation_set(config: Config, data_root: Path | None = None) -> data.View:

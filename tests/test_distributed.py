@@ -14,6 +14,7 @@ import faults
 import pytest
 import torch
 from faults import SMALL, epochs_of, kill_at_step
+from safetensors.torch import load_file
 from torch import nn
 
 from staa.config import Config
@@ -66,11 +67,11 @@ def test_two_processes_make_the_record_of_one(root, monkeypatch, config):
     assert epochs_of(lines) == list(range(1, config.epochs + 1)) and silent == []
     assert first.provenance["processes"] == 2
     folder = root / "runs" / config.name
-    assert sorted(os.listdir(folder)) == ["lock", "record.json", "weights.pt"]
+    assert sorted(os.listdir(folder)) == ["lock", "record.json", "weights.safetensors"]
     one = alone(config, monkeypatch, root)
     assert one.provenance["processes"] == 1
     same(first, one)
-    weights = [torch.load(f / config.name / "weights.pt", weights_only=True) for f in (root / "runs", root / "alone")]
+    weights = [load_file(f / config.name / "weights.safetensors") for f in (root / "runs", root / "alone")]
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
 

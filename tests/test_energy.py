@@ -301,7 +301,7 @@ def test_trained_is_the_network_that_was_trained(config):
         correct = sum(int((network(x).argmax(1) == y).sum()) for x, y in batches)
     assert 100 * correct / found.images == pytest.approx(record.accuracy, abs=0.6)
 
-    path = records.folder("runs") / config.name / "weights.pt"
+    path = records.folder("runs") / config.name / "weights.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:len(whole) // 2] + b"x" + whole[len(whole) // 2 + 1:])
     with pytest.raises(records.RecordError, match="the weights file .* is damaged .* run trains the network anew"):

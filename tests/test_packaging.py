@@ -53,12 +53,13 @@ def test_the_core_imports_need_no_more_than_torch_torchvision_and_numpy():
             "print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))")
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert not {"pandas", "matplotlib", "sklearn", "seaborn", "tonic", "captum", "IPython",
-                "papermill"} & set(loaded)
+                "papermill", "safetensors", "huggingface_hub", "nir"} & set(loaded)
 
 
 def test_imports_go_downwards():
-    order = ["fused", "fused_staa", "neuron", "attention", "fsta", "networks", "statten", "records", "simulator", "events",
-             "frames", "data", "samples", "config", "optimizer", "distributed", "checkpoint", "resident", "train", "runner",
+    order = ["fused", "fused_staa", "neuron", "attention", "fsta", "networks", "statten", "records", "interchange",
+             "simulator", "events", "frames", "data", "samples", "config", "optimizer", "distributed", "checkpoint",
+             "weights", "resident", "train", "runner",
              "experiments", "energy", "lemaire", "gradcam", "stats", "tables", "studies", "plots", "curves", "siblings",
              "canvas", "diagrams", "sliders", "items", "page"]
     files = {path.stem: path for path in (ROOT / "staa").glob("*.py") if path.stem != "__init__"}

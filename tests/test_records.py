@@ -135,7 +135,7 @@ def test_a_run_on_a_full_disk_stops_and_goes_on_later(root, monkeypatch, whole, 
     assert one_sentence(caught, root / "runs" / SMALL.name, "No space left on device")
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     assert epochs_of(lines) == list(range(1, min(after, 3) + 1))
-    kept = {"lock"} | ({"checkpoint.pt"} if after else set()) | ({"weights.pt"} if after > 3 else set())
+    kept = {"lock"} | ({"checkpoint.pt"} if after else set()) | ({"weights.safetensors"} if after > 3 else set())
     assert set(os.listdir(root / "runs" / SMALL.name)) == kept
     lines.clear()
     record = run(SMALL, device="cpu", workers=0, log=lines.append)

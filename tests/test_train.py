@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from faults import SMALL, apart, epochs_of, kill_at_step, kill_at_write
+from safetensors.torch import load_file
 from torch import nn
 
 from staa import Config, train
@@ -30,7 +31,7 @@ def undisturbed(tmp_path_factory):
     faults.images(root)
     code, lines, record = apart(root)
     assert code == 0 and epochs_of(lines) == [1, 2, 3]
-    return record, (root / "runs" / SMALL.name / "weights.pt")
+    return record, (root / "runs" / SMALL.name / "weights.safetensors")
 
 
 def place(root, config=SMALL):
@@ -38,7 +39,7 @@ def place(root, config=SMALL):
 
 
 def same_weights(a, b):
-    a, b = (torch.load(path, weights_only=True) for path in (a, b))
+    a, b = (load_file(path) for path in (a, b))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -98,7 +99,7 @@ def test_a_complete_run_is_read_and_not_trained(root, monkeypatch):
     first = quiet(SMALL.but(epochs=1))
     monkeypatch.setattr(train, "_train", lambda *_: pytest.fail("trained again"))
     assert quiet(SMALL.but(epochs=1)) == first
-    assert sorted(os.listdir(place(root, SMALL.but(epochs=1)))) == ["lock", "record.json", "weights.pt"]
+    assert sorted(os.listdir(place(root, SMALL.but(epochs=1)))) == ["lock", "record.json", "weights.safetensors"]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -118,7 +119,7 @@ def test_every_arithmetic_gives_a_finite_record(precision, channels_last):
     (partial(kill_at_write, "checkpoint.pt", 2, "whole"), [2, 3]),
     (partial(kill_at_write, "checkpoint.pt", 2, "moved"), [3]),
     (partial(kill_at_write, "checkpoint.pt", 3, "moved"), []),
-    (partial(kill_at_write, "weights.pt", 1, "half"), []),
+    (partial(kill_at_write, "weights.safetensors", 1, "half"), []),
     (faults.kill_before_record, []),
     (partial(kill_at_write, "record.json", 1, "half"), []),
     (partial(kill_at_write, "record.json", 1, "whole"), []),
@@ -133,7 +134,7 @@ def test_a_killed_run_goes_on_to_the_same_outcome(root, undisturbed, fault, left
     assert code == 0 and epochs_of(lines) == left
     assert (record.config, record.outcome) == (undisturbed[0].config, undisturbed[0].outcome)
     assert len(record.provenance["seconds_per_epoch"]) == 3
-    assert same_weights(place(root) / "weights.pt", undisturbed[1])
+    assert same_weights(place(root) / "weights.safetensors", undisturbed[1])
 
 
 def test_a_staa_run_that_was_interrupted_goes_on_to_the_same_outcome(root, monkeypatch):

@@ -1,0 +1,206 @@
+"""Trained networks as safetensors files that hold their config. Nothing is unpickled, and what does not match its
+config is refused.
+
+    network = staa.load("runs/NAME/weights.safetensors")   # network.config says how it was trained
+    staa.save_pretrained(network, "folder")                # in the manner of the Hugging Face hub
+    network = staa.from_pretrained("folder")
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import checkpoint, data, records
+from .checkpoint import undamaged
+from .config import Config, ConfigError
+from .networks import SpikingNetwork, build
+from .records import Record, RecordError
+
+#: A folder in the hub's manner: the weights, which hold the config too, and the config as a file to read.
+MODEL, CONFIG = "model.safetensors", "config.json"
+#: The entry of a file's metadata: {"config": every setting, "classes": K, "sha256": of these two and the tensors}.
+ENTRY = "staa"
+
+
+def new_network(config: Config, classes: int) -> SpikingNetwork:
+    """The untrained network of a run; its `config` is the run's."""
+    network = build(config.network, config.neuron, classes, config.T, data.describe(config.dataset).channels,
+                    config.width, config.network_settings, **config.neuron_settings)
+    network.config = config
+    return network
+
+
+def available() -> bool:
+    """Whether safetensors is installed: a machine that only trains can do without."""
+    return importlib.util.find_spec("safetensors") is not None
+
+
+def library():
+    if not available():
+        raise RecordError("weights are kept in safetensors files, and safetensors is not installed: pip install "
+                          "safetensors.")
+    import safetensors.torch
+    return safetensors
+
+
+def save(path: Path, tensors: dict[str, Tensor], config: Config, classes: int):
+    """A network's state and its config as one safetensors file, whole or not at all. Raises RecordError where they do
+    not fit each other, or the file cannot be written."""
+    tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    if reason := misfit(tensors, config, classes):
+        raise RecordError(f"{path} was not written: {reason}.")
+    about = {"config": json.loads(config.json), "classes": classes}
+    about["sha256"] = checksum(about, tensors)
+    # One entry: of several the library would change the order from file to file.
+    records.write(path, library().torch.save(tensors, {ENTRY: json.dumps(about, sort_keys=True)}))
+
+
+def load(path: Path | str) -> SpikingNetwork:
+    """The network of a file that a finished run or `save_pretrained` wrote, rebuilt from the file alone: on the CPU, in
+    evaluation, its `config` the one it was trained with.
+
+    Raises RecordError, one sentence, where the file is missing, is damaged, holds no config, or where a tensor is
+    missing, unknown, or of another shape or type than the config's network has.
+    """
+    return rebuilt(Path(path), "get or make it again")
+
+
+def rebuilt(path: Path, advice: str) -> SpikingNetwork:
+    """`load`, with what to do about a damaged file."""
+    if not path.is_file():
+        raise RecordError(f"there is no weights file {path}.")
+    safetensors = library()
+    with undamaged("weights file", path, advice):
+        with safetensors.safe_open(path, "pt") as file:
+            about = (file.metadata() or {}).get(ENTRY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if about is None:
+        raise RecordError(f"the weights file {path} holds no config of this package, so that its network is not known.")
+    with undamaged("weights file", path, advice):
+        about = json.loads(about)
+        expected, classes, reason = about.pop("sha256"), about["classes"], ""
+        try:
+            config = Config.from_dict(about["config"])
+        except ConfigError as error:
+            reason = f"its network cannot be built, {error}"
+        reason = reason or misfit(tensors, config, classes)
+        if not reason and expected != checksum(about, tensors):
+            raise ValueError("its checksum is wrong")
+    if reason:
+        raise RecordError(f"the weights file {path} does not match its config: {reason}.")
+    with torch.random.fork_rng(devices=[]):  # the caller's generator does not see the first weights being drawn
+        network = new_network(config, classes)
+    network.load_state_dict(tensors)
+    return network.eval()
+
+
+def misfit(tensors: dict[str, Tensor], config: Config, classes: int) -> str:
+    """What is the first thing that keeps these tensors from being this network's; empty where nothing does."""
+    with torch.device("meta"):  # shapes alone: nothing large is made for a file that does not match
+        wanted = new_network(config, classes).state_dict()
+    for name in wanted | tensors:
+        if name not in tensors:
+            return f"the tensor {name} is missing"
+        if name not in wanted:
+            return f"the tensor {name} is not one of {config.network}'s with neuron {config.neuron}"
+        (has, kind), (needs, wanted_kind) = ((tuple(t.shape), t.dtype) for t in (tensors[name], wanted[name]))
+        if (has, kind) != (needs, wanted_kind):
+            return f"the tensor {name} is {has} of {kind}, and must be {needs} of {wanted_kind}"
+    return ""
+
+
+def checksum(about: dict, tensors: dict[str, Tensor]) -> str:
+    """Over the config and every tensor's name, type, shape and bytes: safetensors itself has no checksum."""
+    total = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, t in sorted(tensors.items()):
+        total.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
+        total.update(t.flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def keep(place: Path, state: dict, config: Config, classes: int, log: Callable[[str], None]):
+    """The final weights into the run's folder; without safetensors, which a bare machine lacks, nothing is lost."""
+    names = ["weights.safetensors", "weights.pt"]
+    if available():
+        save(place / names[0], state, config, classes)
+    else:
+        names.reverse()
+        checkpoint.save(place / names[0], state)
+        log(f"{config}: safetensors is not installed, so the weights are in weights.pt, which staa.train.trained reads")
+    (place / names[1]).unlink(missing_ok=True)  # of a run before this one
+
+
+def trained(record: Record) -> SpikingNetwork:
+    """The network of a finished run, on the CPU, in evaluation, with its final weights: from runs/NAME, or from
+    data/networks where the project ships them with its record.
+
+    Raises RecordError where the weights are not there (most records in data/records come without) or damaged.
+    """
+    config = Config.from_dict(record.config)
+    place = records.folder("runs") / config.name
+    shipped = records.folder("networks") / f"{config.name}.safetensors"
+    advice = "set STAA_RUNS and STAA_RECORDS to empty folders, and the run trains the network anew"
+    if (place / "weights.safetensors").is_file():
+        return rebuilt(place / "weights.safetensors", advice)
+    if (place / "weights.pt").is_file():
+        with undamaged("weights file", place / "weights.pt", advice):
+            network = new_network(config, record.outcome["classes"])
+            network.load_state_dict(checkpoint.read(place / "weights.pt"))
+        return network.eval()
+    if shipped.is_file() and not (place / "record.json").is_file():  # the user's own run would have its own weights
+        return rebuilt(shipped, advice)
+    raise RecordError(f"the weights of {config} were looked for in {place} and {shipped.parent} and are not "
+                              f"there (most records in data/records come without them); {advice}.")
+
+
+def save_pretrained(network: SpikingNetwork, folder: Path | str):
+    """The network as a folder with config.json and model.safetensors, which `huggingface_hub.upload_folder` takes.
+
+    network: one that knows its config: from `load`, `from_pretrained`, `staa.train.trained`, or trained by you and
+    made by `staa.weights.new_network(config, classes)`. Raises RecordError where it does not, or no longer fits it.
+    """
+    config, classes = getattr(network, "config", None), network.head.out_features
+    if not isinstance(config, Config):
+        raise RecordError("this network does not know its config: make it with staa.weights.new_network(config, "
+                          "classes).")
+    save(Path(folder) / MODEL, network.state_dict(), config, classes)
+    records.write(Path(folder) / CONFIG, (json.dumps(described(config, classes), indent=1) + "\n").encode())
+
+
+def described(config: Config, classes: int) -> dict:
+    return {"model_type": "staa", "classes": classes, "config": json.loads(config.json)}
+
+
+def from_pretrained(name: Path | str, revision: str | None = None) -> SpikingNetwork:
+    """The network of a folder that `save_pretrained` wrote, or of a repository of the Hugging Face hub, "user/name",
+    where huggingface_hub is installed. revision: a branch, tag or commit of the repository.
+
+    Raises RecordError as `load` does, where config.json tells of another network than model.safetensors, and where the
+    repository cannot be had.
+    """
+    folder = Path(name) if Path(name).is_dir() else downloaded(str(name), revision)
+    network = load(folder / MODEL)
+    with undamaged("config file", folder / CONFIG, "get or make it again"):
+        told = json.loads((folder / CONFIG).read_bytes())
+    if told != described(network.config, network.head.out_features):
+        raise RecordError(f"{folder / CONFIG} tells of another network than {MODEL} beside it; get both again.")
+    return network
+
+
+def downloaded(repository: str, revision: str | None) -> Path:
+    """The folder to which huggingface_hub downloads the two files, or where it has them already."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise RecordError(f"{repository} is no folder, and huggingface_hub, which would look for it on the hub, is not "
+                          "installed.") from None
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=[MODEL, CONFIG]))
+    except Exception as error:  # the hub's own errors, and those of the libraries under it
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RecordError(f"{repository} is no folder, and the hub gave no such repository ({reason}).") from None
