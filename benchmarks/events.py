@@ -1,8 +1,7 @@
 """How fast events become frames, and what the cache saves: python benchmarks/events.py [--recordings 200].
 
 Simulates recordings of digits-dvs, bins the same ones by this project, by tonic alone and by SpikingJelly, times a
-first and a second pass through the cache, and writes benchmarks/events.json. Times are the best of three, on one
-thread.
+first and a second pass through the cache, and writes benchmarks/events.json. Times are best of three, on one thread.
 """
 
 import argparse
