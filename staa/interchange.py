@@ -176,6 +176,8 @@ def output_shapes(network: SpikingNetwork, x: Tensor) -> dict[str, tuple[int, ..
         shapes[name] = tuple(out.shape[-3:])
 
     for name, module in network.named_modules():
+        module._forward_hooks.clear()  # the caller's came with the copy, and are not meant for it
+        module._forward_pre_hooks.clear()
         module.register_forward_hook(partial(note, name))
     with torch.no_grad():
         network(x)

@@ -145,17 +145,20 @@ def trained(record: Record) -> SpikingNetwork:
     place = records.folder("runs") / config.name
     shipped = records.folder("networks") / f"{config.name}.safetensors"
     advice = "set STAA_RUNS and STAA_RECORDS to empty folders, and the run trains the network anew"
-    if (place / "weights.safetensors").is_file():
-        return rebuilt(place / "weights.safetensors", advice)
     if (place / "weights.pt").is_file():
         with undamaged("weights file", place / "weights.pt", advice):
             network = new_network(config, record.outcome["classes"])
             network.load_state_dict(checkpoint.read(place / "weights.pt"))
         return network.eval()
-    if shipped.is_file() and not (place / "record.json").is_file():  # the user's own run would have its own weights
-        return rebuilt(shipped, advice)
-    raise RecordError(f"the weights of {config} were looked for in {place} and {shipped.parent} and are not "
-                              f"there (most records in data/records come without them); {advice}.")
+    own = (place / "record.json").is_file()  # the user's own run is not the one whose network is shipped
+    path = shipped if shipped.is_file() and not own else place / "weights.safetensors"
+    if not path.is_file():
+        raise RecordError(f"the weights of {config} were looked for in {place} and {shipped.parent} and are not there "
+                          f"(most records in data/records come without them); {advice}.")
+    network = rebuilt(path, advice)
+    if network.config != config:
+        raise RecordError(f"the weights file {path} is of another run, {network.config.name}; {advice}.")
+    return network
 
 
 def save_pretrained(network: SpikingNetwork, folder: Path | str):

@@ -105,9 +105,10 @@ def test_the_graph_is_the_networks(tmp_path):
 def test_the_export_leaves_the_network_as_it_was():
     network = staa.build("vgg13", "lif", T=2, width=1 / 16)
     before = {name: t.clone() for name, t in network.state_dict().items()}
-    to_nir(network, 32)
+    with staa.firing_rates(network) as rates:
+        to_nir(network, 32)
     assert network.training and all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
-    assert not any(m._forward_hooks for m in network.modules())
+    assert not any(rates.count.values()) and not any(m._forward_hooks for m in network.modules())
 
 
 @pytest.mark.parametrize("network, size, said", [

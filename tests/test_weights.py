@@ -290,6 +290,13 @@ def test_a_finished_run_is_shipped_by_one_command(tmp_path, monkeypatch, capsys)
     refused(lambda: train.trained(found), "are not there")  # the shipped network is not this run's
 
 
+def test_the_weights_of_another_run_are_refused(tmp_path):
+    record, other = quiet(TINY), quiet(TINY.but(seed=1))
+    name = "weights.safetensors"
+    (tmp_path / "runs" / TINY.but(seed=1).name / name).replace(tmp_path / "runs" / TINY.name / name)
+    refused(lambda: train.trained(record), f"is of another run, {Config.from_dict(other.config).name}")
+
+
 def test_what_cannot_be_shipped_is_refused(monkeypatch):
     refused(lambda: items.main(["ship", "nothing"]), "there is no finished run")
     quiet(TINY)
