@@ -31,12 +31,13 @@ def vouch(configs: list[Config]) -> tuple[list[Config], list[Config]]:
     return [c for c in configs if found[c]], [c for c in configs if not found[c]]
 
 
-def main(words: list[str]):
+def main(words: list[str]) -> None:
     if len(words) < 2 or words[0] not in ("train", "vouch") or words[1] not in ITEMS:
         raise ConfigError(f"write train or vouch, then one of {', '.join(ITEMS)}, then name=value, ...")
     configs = ITEMS[words[1]](parameters(words[2:]))
     if words[0] == "train":
-        return run_all(configs)
+        run_all(configs)
+        return
     done, missing = vouch(configs)
     print(f"{len(done)} records of {words[1]} are in {records.folder('records')}.")
     for config in missing:

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from . import data, records
 from .checkpoint import read, resume, save, undamaged
 from .config import Config, ConfigError
 from .distributed import ALONE, PeerError, Peers, Statistics, join
-from .networks import build, firing_rates
+from .networks import SpikingNetwork, build, firing_rates
 from .optimizer import learning_rate, new_optimizer
 from .records import Record
 
@@ -33,8 +33,8 @@ class TrainingError(RuntimeError):
     """A run that cannot go on; the message is one sentence."""
 
 
-def run(config: Config, *, device: str | None = None, data_root: Path | None = None, workers: int | None = None,
-        log: Callable[[str], None] = print) -> Record:
+def run(config: Config, *, device: str | torch.device | None = None, data_root: Path | None = None,
+        workers: int | None = None, log: Callable[[str], None] = print) -> Record:
     """The record of this run, from disk or from training; logs one line an epoch.
 
     device: "cpu", "cuda", ...; by default a GPU where there is one. workers: processes that load data; by default none
@@ -42,11 +42,11 @@ def run(config: Config, *, device: str | None = None, data_root: Path | None = N
     The run lives in runs/NAME: checkpoint.pt after every epoch, at the end record.json and weights.pt. Where another
     process trains the same run, this one waits and reads. Raises DataError, RecordError or TrainingError, one sentence.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    peers = join(device)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda" and where.index is None and "LOCAL_RANK" in os.environ:
+        where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(where)
+    peers = join(where)
     if record := peers.first(lambda: records.find(config)):
         return record
     place = records.folder("runs") / config.name
@@ -54,11 +54,11 @@ def run(config: Config, *, device: str | None = None, data_root: Path | None = N
     with ExitStack() as held:
         peers.first(lambda: held.enter_context(lock))
         done = peers.first(lambda: records.find(config))
-        return done or _train(config, place, device, data_root, workers, log, peers)
+        return done or _train(config, place, where, data_root, workers, log, peers)
 
 
 @contextmanager
-def locked(place: Path, on_wait: Callable[[], None]):
+def locked(place: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """Hold a run's folder, made if need be; a killed process holds nothing."""
     lock = FileLock(place / "lock")
     try:
@@ -78,7 +78,7 @@ def locked(place: Path, on_wait: Callable[[], None]):
 
 
 @contextmanager
-def own_state(config: Config, device: torch.device):
+def own_state(config: Config, device: torch.device) -> Iterator[None]:
     """The run's own number of threads and random generator; the caller's are as before at the end."""
     before = torch.get_num_threads()
     torch.set_num_threads(config.threads)
@@ -104,7 +104,8 @@ def _train(config: Config, place: Path, device, data_root, workers, log, peers: 
     with own_state(config, device):
         torch.manual_seed(data.mix(config.seed))
         network = new_network(config, len(train_set.classes))
-        network.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+        layout = torch.channels_last if config.channels_last else torch.preserve_format
+        network.to(device, memory_format=layout)  # type: ignore[call-overload]  # torch forgot this form
         if not config.microbatch:
             network = peers.synchronise(network, device)
         optimizer = new_optimizer(config, network.parameters())
@@ -232,11 +233,11 @@ def to(x: Tensor, device, config: Config) -> Tensor:
     return x.to(device, non_blocking=True, memory_format=layout)
 
 
-def autocast(device, config: Config):
+def autocast(device, config: Config) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
-def trained(record: Record) -> torch.nn.Module:
+def trained(record: Record) -> SpikingNetwork:
     """The network of a finished run, on the CPU, in evaluation, with the final weights of runs/NAME/weights.pt.
 
     Raises RecordError where the weights are not there (a record in data/records comes without) or damaged.
@@ -250,10 +251,11 @@ def trained(record: Record) -> torch.nn.Module:
     network = new_network(config, record.outcome["classes"])
     with undamaged("weights file", path, advice):
         network.load_state_dict(read(path))
-    return network.eval()
+    network.eval()
+    return network
 
 
-def new_network(config: Config, classes: int) -> torch.nn.Module:
+def new_network(config: Config, classes: int) -> SpikingNetwork:
     return build(config.network, config.neuron, classes, config.T, data.describe(config.dataset).channels, config.width,
                  config.network_settings, **config.neuron_settings)
 
@@ -278,7 +280,7 @@ def words_to_settings(words: list[str]) -> dict:
     return settings
 
 
-def main(words: list[str]):
+def main(words: list[str]) -> None:
     config = Config.from_dict(words_to_settings(words))
     record = run(config)
     if int(os.environ.get("RANK", 0)) == 0:
