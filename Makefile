@@ -4,7 +4,7 @@ READY := .venv/.ready
 NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/*.ipynb)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all list test lock refresh clean $(NOTEBOOKS)
+.PHONY: help setup all list test docs site lock refresh clean $(NOTEBOOKS)
 
 help:            ## list the targets
 	@echo "make NAME executes notebooks/NAME.ipynb on the embedded data: $(NOTEBOOKS)"
@@ -35,6 +35,12 @@ test: $(READY)   ## the test suite, and nbval over every notebook
 	$(BIN)/python -m pytest
 	dir=$$(mktemp -d) && STAA_RUNS=$$dir/runs STAA_FIGURES=$$dir/figures \
 		$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=1200 notebooks; status=$$?; rm -rf $$dir; exit $$status
+
+docs: $(READY)   ## the API page, site/api/index.html, from docstrings
+	@$(BIN)/python tools/publish.py docs
+
+site: $(READY)   ## site/index.html: all notebooks as they are stored, the page of `make all`, the API
+	@$(BIN)/python tools/publish.py
 
 lock: $(READY)   ## renew requirements.txt from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate --no-header \

@@ -41,10 +41,10 @@ def test_the_page_is_one_page_and_every_example_is_tested():
 def test_the_neuron_learns_its_decay_in_one_epoch_on_digits(capsys):
     record = example("neuron")["record"]
     assert record.config["dataset"] == "digits" and len(record.outcome["epochs"]) == 1
-    assert record.config["neuron_settings"]["decay"] == 0.5 and record.accuracy > 15  # guessing: 10
+    assert record.config["neuron_settings"]["decay"] == 0.5 and record.accuracy > 30  # guessing: 10
     network = staa.train.trained(record)
     decays = [layer.logit.sigmoid().item() for layer in staa.neurons(network).values()]
-    assert len(decays) == 17 and any(abs(decay - 0.5) > 1e-3 for decay in decays)
+    assert len(decays) == 10 and any(abs(decay - 0.5) > 1e-3 for decay in decays)
 
 
 def test_the_neuron_before_training_is_a_lif_with_that_decay():
@@ -75,7 +75,7 @@ def test_the_notebook_has_the_houses_shape_and_holds(capsys):
                                            "## What must hold")]
     reference = nbformat.read(records.ROOT / "notebooks" / "table1.ipynb", as_version=4).cells
     cells.append(nbformat.v4.new_code_cell(test_notebooks.parameters(reference), metadata={"tags": ["parameters"]}))
-    for tag, source in re.findall(r"# %%(.*)\n(.*?)(?=# %%|\Z)", EXAMPLES["notebook"], re.S):
+    for tag, source in re.findall(r"# %%([^\n]*)\n(.*?)(?=# %%|\Z)", EXAMPLES["notebook"], re.S):
         cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": tag.split()}))
     test_notebooks.test_its_shape_is_the_houses(("reset", cells))
     test_notebooks.test_its_parameters_are_those_of_its_neighbours(("reset", cells))
