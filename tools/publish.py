@@ -75,7 +75,7 @@ def notebooks(found: list[page.Item]) -> None:
 def front(found: list[page.Item]) -> None:
     """site/index.html, with links to all."""
     links = [f'<li><a href="notebooks/{item.name}.html">{html.escape(item.title)}</a> '
-             f'<span class="cost">make {item.name}: {html.escape(item.cost)}</span></li>' for item in found]
+             f'<div class="cost">make {item.name}: {html.escape(item.cost.replace("`", ""))}</div></li>' for item in found]
     more = ['<li><a href="api/index.html">The package: every module, from its docstrings</a></li>']
     comparison = records.folder("figures") / "index.html"
     if comparison.is_file():
