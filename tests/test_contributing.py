@@ -39,18 +39,16 @@ def test_the_page_is_one_page_and_every_example_is_tested():
 
 
 def test_the_neuron_learns_its_decay_in_one_epoch_on_digits(capsys):
-    record = example("neuron")["record"]
+    made = example("neuron")
+    record = made["record"]
     assert record.config["dataset"] == "digits" and len(record.outcome["epochs"]) == 1
     assert record.config["neuron_settings"]["decay"] == 0.5 and record.accuracy > 30  # guessing: 10
     network = staa.train.trained(record)
     decays = [layer.logit.sigmoid().item() for layer in staa.neurons(network).values()]
     assert len(decays) == 10 and any(abs(decay - 0.5) > 1e-3 for decay in decays)
 
-
-def test_the_neuron_before_training_is_a_lif_with_that_decay():
-    made = example("neuron")["LearnedLIF"](3, 4, decay=0.7)
-    x = torch.randn(4, 2, 3, 5, 5)
-    assert torch.equal(made(x), staa.LIF(decay=torch.tensor(0.7).logit().sigmoid().item())(x))
+    neuron, x = made["LearnedLIF"](3, 4, decay=0.7), torch.randn(4, 2, 3, 5, 5)  # before training: a LIF with that decay
+    assert torch.equal(neuron(x), staa.LIF(decay=neuron.logit.sigmoid().item())(x))
 
 
 def test_the_network_is_built_by_name_and_gradients_reach_its_first_layer():
@@ -69,7 +67,8 @@ def test_the_dataset_is_trained_on_and_named_in_the_record():
     assert record.outcome["fingerprint"]["test"] != data.fingerprint(digits) and record.accuracy > 50
 
 
-def test_the_notebook_has_the_houses_shape_and_holds(capsys):
+def test_the_notebook_has_the_houses_shape_and_holds(capsys, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # the two runs here, not in processes that first import torch
     example("item")
     cells = [nbformat.v4.new_markdown_cell("# Reset\n\nRunning time: a minute.\n\n## What differs from the paper\n\n"
                                            "## What must hold")]
