@@ -4,7 +4,7 @@ READY := .venv/.ready
 NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/*.ipynb)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all list test bench lock refresh clean $(NOTEBOOKS)
+.PHONY: help setup all list test bench docs site lock refresh clean $(NOTEBOOKS)
 
 help:            ## list the targets
 	@echo "make NAME executes notebooks/NAME.ipynb on the embedded data: $(NOTEBOOKS)"
@@ -38,6 +38,12 @@ test: $(READY)   ## the test suite, and nbval over every notebook
 
 bench: $(READY)  ## the benchmarks: about ten minutes; writes benchmarks/README.md
 	cd benchmarks && for part in speed scaling loader events report; do ../$(BIN)/python $$part.py || exit 1; done
+
+docs: $(READY)   ## the API page, site/api/index.html, from docstrings
+	@$(BIN)/python tools/publish.py docs
+
+site: $(READY)   ## site/index.html: all notebooks as they are stored, the page of `make all`, the API
+	@$(BIN)/python tools/publish.py
 
 lock: $(READY)   ## renew requirements.txt from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate --no-header \

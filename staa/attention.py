@@ -60,9 +60,9 @@ def per_channel(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.flatten(1), layer.bias)
 
 
-def zero(layer: nn.Conv2d):
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+def zero(layer: nn.Conv2d) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 class GlobalContext(nn.Module):
@@ -203,6 +203,7 @@ class STAALIF(LIF):
             return pe + per_channel(self.gc.value, q)
 
         def mixing(t, hm, x, added):  # (B, C)
+            rest: Tensor | float
             if dropped[t]:
                 return torch.ones_like(x), torch.ones_like(x), torch.zeros_like(x)
             if self.sa is None:
@@ -215,7 +216,7 @@ class STAALIF(LIF):
 
         key, bias = zero[0], zero[0, :1]
         if self.gc is not None:
-            key, bias = self.gc.key.weight.flatten(), self.gc.key.bias
+            key, bias = self.gc.key.weight.flatten(), self.gc.key.get_parameter("bias")
         parameters = [p for name, p in self.named_parameters() if not name.startswith("gc.key")]
         return fused_staa.aggregated(x, key, bias, added, mixing, parameters, self.numbers()[2:])
 

@@ -1,11 +1,12 @@
 """Boxes, arrows and labels: what a block diagram is drawn with."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib import pyplot as plt
 from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.path import Path
+from matplotlib.text import Text
 
 from .plots import BLOCKS
 
@@ -18,10 +19,21 @@ class Box(NamedTuple):
     w: float
     h: float
 
-    left = property(lambda self: (self.x - self.w / 2, self.y))
-    right = property(lambda self: (self.x + self.w / 2, self.y))
-    top = property(lambda self: (self.x, self.y + self.h / 2))
-    bottom = property(lambda self: (self.x, self.y - self.h / 2))
+    @property
+    def left(self) -> tuple[float, float]:
+        return self.x - self.w / 2, self.y
+
+    @property
+    def right(self) -> tuple[float, float]:
+        return self.x + self.w / 2, self.y
+
+    @property
+    def top(self) -> tuple[float, float]:
+        return self.x, self.y + self.h / 2
+
+    @property
+    def bottom(self) -> tuple[float, float]:
+        return self.x, self.y - self.h / 2
 
 
 class Canvas:
@@ -35,12 +47,12 @@ class Canvas:
         self.axes.set_axis_off()
         self.at = (0.0, 0.0)
 
-    def _moved(self, point):
+    def _moved(self, point: tuple[float, float]) -> tuple[float, float]:
         return point[0] + self.at[0], point[1] + self.at[1]
 
-    def text(self, x: float, y: float, text: str, size: float = 6.5, **style):
-        style = {"ha": "center", "va": "center", "linespacing": 1.15} | style
-        return self.axes.text(*self._moved((x, y)), text, size=size, zorder=4, **style)
+    def text(self, x: float, y: float, text: str, size: float = 6.5, **style: Any) -> Text:
+        look: dict[str, Any] = {"ha": "center", "va": "center", "linespacing": 1.15} | style
+        return self.axes.text(*self._moved((x, y)), text, size=size, zorder=4, **look)
 
     def box(self, x: float, y: float, text: str, color: str = "plain", w: float = 0.8, h: float = 0.24) -> Box:
         corner = self._moved((x - w / 2, y - h / 2))
@@ -58,22 +70,22 @@ class Canvas:
                            linewidth=0.8, zorder=4)
         return Box(x, y, 2 * radius, 2 * radius)
 
-    def arrow(self, *points: tuple, head: bool = True, dashes: bool = False):
+    def arrow(self, *points: tuple, head: bool = True, dashes: bool = False) -> None:
         """A line through these points, with a head at the last one."""
         path = Path([self._moved(point) for point in points])
         self.axes.add_patch(FancyArrowPatch(path=path, arrowstyle="-|>" if head else "-", mutation_scale=6,
                                             linewidth=0.7, linestyle="--" if dashes else "-", color="black",
                                             shrinkA=0, shrinkB=0, joinstyle="miter", capstyle="butt", zorder=2))
 
-    def dot(self, x: float, y: float):
+    def dot(self, x: float, y: float) -> None:
         """Where a line branches."""
         self.axes.add_patch(Circle(self._moved((x, y)), 0.02, color="black", zorder=3))
 
-    def area(self, x: float, y: float, w: float, h: float):
+    def area(self, x: float, y: float, w: float, h: float) -> None:
         """A pale ground under what belongs together."""
         self.axes.add_patch(Rectangle(self._moved((x, y)), w, h, facecolor=BLOCKS["ground"], linewidth=0, zorder=0))
 
-    def chain(self, x: float, top: float, step: float, items: list[tuple[str, str, str]], w: float = 0.8):
+    def chain(self, x: float, top: float, step: float, items: list[tuple[str, str, str]], w: float = 0.8) -> list[Box]:
         """Boxes downwards, from (text, colour, label of the arrow that leaves it), joined by arrows; returns the boxes.
 
         The arrow that leaves the last one is left to the caller."""

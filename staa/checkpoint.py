@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from . import records
 from .distributed import ALONE, Peers
 
 
-def save(path: Path, state: dict):
+def save(path: Path, state: dict) -> None:
     """Tensors and plain values to a file, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -39,7 +40,7 @@ def resume(path: Path, network, optimizer, peers: Peers = ALONE) -> tuple[list, 
 
 
 @contextmanager
-def undamaged(what: str, path: Path, advice: str):
+def undamaged(what: str, path: Path, advice: str) -> Iterator[None]:
     """Turn any failure to read a file into one sentence."""
     try:
         yield

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 
@@ -168,19 +168,19 @@ class Config:
         return cls(**settings)
 
 
-def check_names(settings):
+def check_names(settings) -> None:
     allowed = [f.name for f in fields(Config)]
     for name in settings:
         if name not in allowed:
             raise ConfigError(f"a setting must be one of {', '.join(allowed)}, got {name!r}")
 
 
-def one_of(name: str, value, allowed):
+def one_of(name: str, value, allowed) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def typed(name: str, value, kind: type):
+def typed(name: str, value, kind: type) -> Any:
     """value as `kind`: a whole number may stand for a float, nothing else is converted."""
     if kind is float and type(value) is int:
         return float(value)
@@ -197,10 +197,11 @@ def settings_of(constructor) -> dict[str, tuple[type, object]]:
     They are the keyword-only parameters with a default, and those of the base where **kwargs hand them on. A partial
     may change a default; what it fixes has none.
     """
-    found, fixed = {}, getattr(constructor, "keywords", {})
+    found: dict[str, tuple[type, object]] = {}
+    fixed = getattr(constructor, "keywords", {})
     for cls in inspect.getmro(getattr(constructor, "func", constructor)):
         if "__init__" in vars(cls) and cls.__module__.partition(".")[0] != "torch":
-            parameters = inspect.signature(cls.__init__).parameters.values()
+            parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
             for p in parameters:
                 if p.kind is p.KEYWORD_ONLY and p.default is not p.empty:
                     found.setdefault(p.name, (p.annotation, fixed.get(p.name, p.default)))

@@ -15,7 +15,7 @@ SERIES = [(COLORS["staa"], "s-"), (COLORS["lif"], "o--"), (COLORS["fsta"], "^-."
 Series = dict[str, dict[str, list[Record]]]
 
 
-def over_setting(axes, series: Series):
+def over_setting(axes, series: Series) -> None:
     """Mean accuracy by the number that labels a row; bars are standard deviations over seeds."""
     for (name, rows), (color, line) in zip(series.items(), SERIES):
         values = [[r.accuracy for r in found] for found in rows.values()]
@@ -51,7 +51,7 @@ def figure5(series: Series) -> Figure:
                   line, ms=3.5, lw=0.9, color=COLORS["threshold"], label=f"{label} (right)")
     cost.set_ylabel("cost against r = 4, %")
     axes.set(xlabel="scaling coefficient r of GC", xscale="log")
-    axes.set_xticks(ticks := [1, 2, 4, 8, 16], ticks)
+    axes.set_xticks(ticks := [1, 2, 4, 8, 16], [str(r) for r in ticks])
     axes.minorticks_off()
     figure.legend(loc="outside upper center", ncols=2)
     return figure

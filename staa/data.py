@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +16,15 @@ from torchvision.transforms import InterpolationMode, v2
 
 from . import events, frames
 from .frames import Cutout
-from .records import DataError, folder
+from .records import DataError, Labelled, folder
 from .simulator import Simulated
 
 
 @dataclass(frozen=True)
 class About:
     """What is fixed about a dataset: input channels, size in pixels (0: any), mean and deviation of its channels, and
-    of events the side of the sensor in pixels (0: a dataset of images)."""
+    of events the side of the sensor in pixels (0: a dataset of images). A dataset of your own has `open(train, root)`,
+    which returns what `load` does."""
 
     channels: int
     size: int
@@ -29,6 +32,7 @@ class About:
     std: tuple
     source: str
     sensor: int = 0
+    open: Callable[[bool, Path], Labelled] | None = None
 
 
 DATASETS = {
@@ -117,13 +121,15 @@ class Digits(Dataset):
         return Image.fromarray(self.data[i]), self.targets[i]
 
 
-def load(name: str, train: bool, root: Path | None = None) -> Dataset:
+def load(name: str, train: bool, root: Path | None = None) -> Labelled:
     """The training or the test set, as (PIL image, label) or (events, label); `.targets`, `.classes` as in torchvision.
 
     root defaults to the folder STAA_DATA, or data/sets. Raises DataError where the set is missing or damaged.
     """
     root = Path(root) if root else folder("data")
     base, _, sub = name.partition(":")
+    if opened := DATASETS[base].open:
+        return opened(train, root)
     if base in EMBEDDED:
         return Simulated(Digits(train)) if base == "digits-dvs" else Digits(train)
     if base in events.SOURCES:
@@ -133,7 +139,7 @@ def load(name: str, train: bool, root: Path | None = None) -> Dataset:
     return _cifar({"cifar10": CIFAR10, "cifar100": CIFAR100}[base], root, train)
 
 
-def load_for(config, train: bool, root: Path | None = None) -> Dataset:
+def load_for(config, train: bool, root: Path | None = None) -> Labelled:
     """The set as a run sees it before augmentation: (PIL image, label), or of events (frames (T, 2, H, W), label) that
     are cached in runs/frames."""
     found, about = load(config.dataset, train, root), describe(config.dataset)
@@ -143,7 +149,7 @@ def load_for(config, train: bool, root: Path | None = None) -> Dataset:
                          size=config.image_size)
 
 
-def _cifar(cls, root: Path, train: bool) -> Dataset:
+def _cifar(cls, root: Path, train: bool) -> Labelled:
     try:
         try:
             return cls(root, train, download=False)
@@ -165,7 +171,7 @@ class _Images(ImageFolder):
             raise DataError(f"the image {self.samples[i][0]} cannot be read ({error}); replace or remove it.") from None
 
 
-def _image_folder(root: Path, train: bool) -> Dataset:
+def _image_folder(root: Path, train: bool) -> Labelled:
     names = ["train"] if train else ["val", "test"]
     for split in names:
         if (root / split).is_dir():
@@ -186,17 +192,17 @@ def _image_folder(root: Path, train: bool) -> Dataset:
 
 def subset(targets: list[int], count: int) -> np.ndarray:
     """Indices of a fixed subset of `count` images, the same for everyone, with the shares of the classes kept."""
-    targets = np.asarray(targets)
-    if count > len(targets):
-        raise DataError(f"train_images must be at most {len(targets)} for this dataset, got {count}.")
-    order = np.random.RandomState(0).permutation(len(targets))  # RandomState's stream is frozen by NumPy's policy
-    by_class = [order[targets[order] == k] for k in np.unique(targets)]
+    labels = np.asarray(targets)
+    if count > len(labels):
+        raise DataError(f"train_images must be at most {len(labels)} for this dataset, got {count}.")
+    order = np.random.RandomState(0).permutation(len(labels))  # RandomState's stream is frozen by NumPy's policy
+    by_class = [order[labels[order] == k] for k in np.unique(labels)]
     # Rank within the class over the class's size: the first `count` of this order keep the shares.
     share = np.concatenate([(np.arange(len(m)) + 0.5) / len(m) for m in by_class])
     return np.sort(np.concatenate(by_class)[np.argsort(share, kind="stable")[:count]])
 
 
-def fingerprint(dataset: Dataset) -> str:
+def fingerprint(dataset: Any) -> str:
     """Twelve hex digits of SHA-256: of pixels and labels, or of a folder's file names and sizes. Frames have that of
     their events, and simulated events that of their images and of how they are simulated."""
     dataset = getattr(dataset, "recordings", dataset)
@@ -217,7 +223,8 @@ class View(Dataset):
     mixup: each sample is mixed with another one by a share uniform in [0, 1] (Zhang et al. 2018, alpha = 1), and its
     label is the shares of the classes, (K,)."""
 
-    def __init__(self, dataset: Dataset, indices, transform, seed: int = 0, epoch: int = 0, mixup: bool = False):
+    def __init__(self, dataset: Labelled, indices: Sequence[int] | np.ndarray, transform: Callable, seed: int = 0,
+                 epoch: int = 0, mixup: bool = False):
         self.dataset, self.indices, self.transform, self.seed, self.epoch = dataset, indices, transform, seed, epoch
         self.mixup = mixup
 

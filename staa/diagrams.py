@@ -119,6 +119,7 @@ def _aggregator(c: Canvas, neuron: STAALIF, s: dict[str, Operation]):
     c.text(4.82, 0.75, size(s["sa.mul"].output), size=6)
     c.arrow(times_m.top, plus.bottom)
     T, B, C, H, W = s["pe_input.add"].output
+    assert neuron.sa is not None
     maps, hidden = s["gc.key.conv2d"].inputs[0][0], s["gc.relu"].output[1]
     c.text(0.05, 0.35, f"T = {T} time steps, B = {B} images, C = {C} channels,\nH × W = {H} × {W}; (b) sees T × B = "
            f"{maps} maps,\nits query has {hidden} channels; alpha = {neuron.sa.alpha:g}", size=6, ha="left")

@@ -10,15 +10,18 @@ parameter without a gradient. One sum over all gradients does.
 
 import atexit
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import BatchSampler, DataLoader, default_collate
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class PeerError(RuntimeError):
@@ -42,11 +45,11 @@ class Peers:
                                 "after its last whole epoch.") from None
         return x
 
-    def first(self, work: Callable):
+    def first(self, work: Callable[[], Any]) -> Any:
         """What `work()` returns or raises in process 0, in every process."""
         if self.size == 1:
             return work()
-        outcome = [None, None]
+        outcome: list = [None, None]
         if self.rank == 0:
             try:
                 outcome[0] = work()
@@ -60,7 +63,7 @@ class Peers:
             raise outcome[1]
         return outcome[0]
 
-    def sum_gradients(self, network: nn.Module):
+    def sum_gradients(self, network: nn.Module) -> None:
         """Sum every parameter's gradient; one that is None everywhere stays so, as SGD skips it then."""
         if self.size == 1:
             return
@@ -79,11 +82,12 @@ class Peers:
         """
         if self.size == 1:
             return loader
-        return DataLoader(loader.dataset, batch_sampler=_Share(loader.batch_sampler, self, max(microbatch, 1)),
+        parts = _Share(cast(BatchSampler, loader.batch_sampler), self, max(microbatch, 1))
+        return DataLoader(loader.dataset, batch_sampler=parts,
                           generator=loader.generator, num_workers=loader.num_workers, pin_memory=loader.pin_memory,
                           collate_fn=_collate)
 
-    def synchronise(self, network: nn.Module, device: torch.device) -> nn.Module:
+    def synchronise(self, network: Network, device: torch.device) -> Network:
         """Let BN see the images of all processes. torch's own SyncBatchNorm, which needs a GPU, or ours."""
         if self.size == 1:
             return network
@@ -102,7 +106,7 @@ ALONE = Peers()
 class _Share:
     """A batch sampler's batches, cut to the part of one process."""
 
-    def __init__(self, batches: Iterable[list[int]], peers: Peers, chunk: int):
+    def __init__(self, batches: BatchSampler, peers: Peers, chunk: int):
         self.batches, self.peers, self.chunk = batches, peers, chunk
         self.batch_size = batches.batch_size  # of the whole batch
 
@@ -134,6 +138,11 @@ class _Sum(torch.autograd.Function):
 class _SyncBatchNorm(_BatchNorm):
     """BN whose mean and variance in training are those of all processes' images, on any device."""
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def __init__(self, like: _BatchNorm, peers: Peers):
         super().__init__(like.num_features, like.eps, like.momentum)
         self.load_state_dict(like.state_dict())
@@ -164,26 +173,26 @@ class Statistics:
 
     def __init__(self, network: nn.Module):
         norms = [m for m in network.modules() if isinstance(m, _BatchNorm)]
-        self.buffers = [b for m in norms for b in (m.running_mean, m.running_var)]
-        self.tracked = [(m.num_batches_tracked, m.num_batches_tracked + 1) for m in norms]
-        self.before, self.total, self.count = self.flat(), 0, 0
+        self.buffers = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
+        self.tracked = [(n, n + 1) for m in norms if (n := m.num_batches_tracked) is not None]
+        self.before, self.count = self.flat(), 0
+        self.total = torch.zeros_like(self.before)
 
     def flat(self) -> Tensor:
         return torch.cat([b.flatten() for b in self.buffers])
 
-    def put(self, flat: Tensor):
+    def put(self, flat: Tensor) -> None:
         for b, part in zip(self.buffers, flat.split([b.numel() for b in self.buffers])):
             b.copy_(part.view(b.shape))
 
-    def add(self):
+    def add(self) -> None:
         """After a microbatch: keep what it left, and go back to where it began."""
         self.total, self.count = self.total + self.flat(), self.count + 1
         self.put(self.before)
 
-    def settle(self, peers: Peers):
+    def settle(self, peers: Peers) -> None:
         """After the last microbatch: the mean over all of them, on all processes."""
-        total = self.total if self.count else torch.zeros_like(self.before)
-        self.put(peers.sum(total) / peers.sum(torch.tensor(float(self.count), device=total.device)))
+        self.put(peers.sum(self.total) / peers.sum(torch.tensor(float(self.count), device=self.total.device)))
         for number, then in self.tracked:
             number.copy_(then)
 

@@ -16,7 +16,7 @@ counts leave no room for them [ours].
 `staa.lemaire` adds what this leaves out: memory traffic and addressing.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import ceil, prod
@@ -174,9 +174,9 @@ def measure(network: SpikingNetwork, batches: Iterable, *, bn_folded: bool = Tru
                        sum(p.numel() for p in network.parameters()), network.T, images)
 
 
-def rule(layer: nn.Module) -> tuple | None:
-    """The entry of COUNTED for a module's type or the nearest of its bases."""
-    return next((COUNTED[kind] for kind in type(layer).__mro__ if kind in COUNTED), None)
+def rule(layer: nn.Module) -> tuple:
+    """The entry of COUNTED for a module's type or the nearest of its bases; () where there is none."""
+    return next((COUNTED[kind] for kind in type(layer).__mro__ if kind in COUNTED), ())
 
 
 def new_operation(name: str, layer: nn.Module, network: nn.Module, folded: bool) -> Operation:
@@ -202,7 +202,7 @@ def folded_into(network: nn.Module) -> set[nn.Module]:
             for layer, after in zip(chain, list(chain)[1:]) if isinstance(after, nn.BatchNorm2d)}
 
 
-def add(op: Operation, layer: nn.Module, x: Tensor, y: Tensor):
+def add(op: Operation, layer: nn.Module, x: Tensor, y: Tensor) -> None:
     """Add one call of a layer to its operation."""
     _, multiply_adds, coefficients = rule(layer)
     op.multiply_adds += multiply_adds(layer, x, y)
@@ -218,7 +218,7 @@ def average(op: Operation, images: int) -> Operation:
                    spikes=op.spikes / images)
 
 
-def check_nothing_is_missed(seen: float, operations: Iterable[Operation]):
+def check_nothing_is_missed(seen: float, operations: Iterable[Operation]) -> None:
     """torch's counter sees every matrix product, whoever calls it; it does not see products element by element."""
     ours = sum(op.multiply_adds for op in operations if op.what not in ELEMENTWISE)
     if ours != seen:
@@ -227,7 +227,7 @@ def check_nothing_is_missed(seen: float, operations: Iterable[Operation]):
 
 
 @contextmanager
-def evaluating(network: nn.Module):
+def evaluating(network: nn.Module) -> Iterator[nn.Module]:
     was = network.training
     try:
         yield network.eval()

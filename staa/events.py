@@ -41,7 +41,8 @@ def _read_cifar10dvs(path: Path) -> np.ndarray:
 
 def _read_dvsgesture(path: Path) -> np.ndarray:
     table = np.load(path)  # x, y, polarity, milliseconds
-    return np.rec.fromarrays([table[:, 0], table[:, 1], table[:, 2], table[:, 3] * 1000], names="x, y, p, t")
+    columns = [table[:, 0], table[:, 1], table[:, 2], table[:, 3] * 1000]
+    return np.rec.fromarrays(columns, names="x, y, p, t")  # type: ignore[call-overload]  # NumPy's stubs ask for formats
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,6 @@ def checked(events: np.ndarray, sensor: int, what: str) -> np.ndarray:
     if (events["t"][1:] < events["t"][:-1]).any():
         raise DataError(f"{what} has unsorted time stamps; replace or remove it.")
     found = np.empty(len(events), EVENT)
-    for name in EVENT.names:
+    for name in EVENT.names or ():
         found[name] = events[name]
     return found

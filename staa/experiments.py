@@ -9,6 +9,7 @@ import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import product
+from typing import Any
 
 from . import data
 from .config import Config, ConfigError
@@ -17,7 +18,7 @@ from .runner import run_all
 __all__ = ["ITEMS", "PRESETS", "Settings", "run_all", "settings"]
 
 #: What a preset sets; every other setting has Config's default. What each is for stands in the README.
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(dataset="digits", image_size=16, epochs=4, batch_size=32, lr=0.01),
     "short": dict(dataset="cifar10", augment="autoaugment", epochs=50, precision="bf16"),
     "paper": dict(dataset="cifar10", augment="autoaugment", epochs=500),
@@ -48,7 +49,7 @@ SMOKE_ABLATION = dict(train_images=720, batch_size=16, epochs=2)
 
 #: Figure 2, where PE is added. Which letter is which place is our reading, and so is that the other blocks stay on:
 #: without them (c) and (e) are one neuron. "a'" is our control, (c) without its PE.
-FIGURE2 = [("a", dict(gc=False, pe=False, sa=False, beta=0.0)), ("a'", dict(pe=False)),
+FIGURE2: list[tuple[str, dict]] = [("a", dict(gc=False, pe=False, sa=False, beta=0.0)), ("a'", dict(pe=False)),
            ("b", dict(pe_place="membrane")), ("c", dict(pe_place="input")),
            ("d", dict(pe_place="both")), ("e", dict(pe_place="output"))]
 
@@ -114,7 +115,7 @@ class Settings:
     def config(self, **item) -> Config:
         """The run that an item of a grid asks for. An item wins over the preset, the reader's parameters over both."""
         asked = item | dict(self.changes)
-        preset, network, name = PRESETS[self.preset], asked.get("network"), asked.get("dataset", "")
+        preset, network, name = PRESETS[self.preset], asked.get("network", ""), asked.get("dataset", "")
         events = name in data.DATASETS and data.describe(name).sensor
         if self.preset == "smoke":
             preset = preset | SMOKE.get(network, {})
@@ -161,7 +162,8 @@ def settings(namespace: Mapping) -> Settings:
 
 def assigned(source: str) -> set[str]:
     """The names that a cell assigns at its top level."""
-    return {target.id for node in ast.parse(source).body if isinstance(node, ast.Assign) for target in node.targets}
+    return {target.id for node in ast.parse(source).body if isinstance(node, ast.Assign)
+            for target in node.targets if isinstance(target, ast.Name)}
 
 
 def table1(settings: Settings) -> list[Config]:

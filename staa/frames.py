@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from . import records
-from .records import DataError
+from .records import DataError, Labelled
 
 #: How events become T frames: bins that hold the same number of events, or last the same time.
 FRAMES = ("count", "time")
@@ -47,7 +47,7 @@ class Frames(Dataset):
 
     VERSION = b"staa frames 1\n"
 
-    def __init__(self, recordings: Dataset, fingerprint: str, *, T: int, by: str, sensor: int, size: int):
+    def __init__(self, recordings: Labelled, fingerprint: str, *, T: int, by: str, sensor: int, size: int):
         self.recordings, self.targets, self.classes = recordings, recordings.targets, recordings.classes
         self.shape, self.make = (T, 2, size, size), partial(to_frames, T=T, by=by, sensor=sensor, size=size)
         changed = [os.stat(path).st_mtime_ns for path, _ in getattr(recordings, "samples", [])]

@@ -33,6 +33,8 @@ class DCT(nn.Module):
     """The k*k coefficients of the k x k window around each place: (B, 1, H, W) to (B, k*k, H, W); coefficient u k + v
     has frequency u along H and v along W. An even k pads one more below and to the right, to keep the size [ours]."""
 
+    basis: Tensor
+
     def __init__(self, k: int):
         super().__init__()
         self.k = k

@@ -13,6 +13,7 @@ currents of lower precision, and of the current's type otherwise.
 import functools
 import os
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -138,7 +139,7 @@ def _lif_backward(x: list[Tensor], ds: list[Tensor], dx: list[Tensor], constants
         dhm = decay * du
 
 
-def fire_backward(u, ds, dhm, v_th, v_reset, a):
+def fire_backward(u, ds, dhm, v_th, v_reset, a) -> Tensor:
     """dU from dS and dHm: eqs. 2, 3 and 5."""
     v = u - v_th
     through_spike = torch.where(v.abs() <= a / 2, (ds + dhm * (v_reset - u)) / a, 0)
@@ -147,12 +148,12 @@ def fire_backward(u, ds, dhm, v_th, v_reset, a):
 
 # The same without a compiler, each operator in place or into a tensor that is there already.
 
-def select(y: Tensor, v: Tensor, low: float, high: float, out: Tensor):
+def select(y: Tensor, v: Tensor, low: float, high: float, out: Tensor) -> None:
     """y where low < v < high and 0 elsewhere, in one pass."""
     torch.ops.aten.hardtanh_backward(y, v, low, high, grad_input=out)
 
 
-def slices(x: Tensor, buffers: int):
+def slices(x: Tensor, buffers: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     """(slice, buffers) after one another over the rows of x (T, N); on a GPU the slice is everything. The buffers are
     the same memory again and again, in the membrane's type."""
     size = min(SLICE, x.shape[1]) if x.device.type == "cpu" else x.shape[1]

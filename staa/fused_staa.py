@@ -14,7 +14,7 @@ Below, x is (T, B, H, W, C) where the network is channels-last, and (T, B, C, H,
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from .fused import compiles, constants, fire_backward, is_channels_last, membrane_type
 
 
-def aggregated(x: Tensor, key: Tensor, bias: Tensor, added: Callable, mixing: Callable, parameters: list[Tensor],
+def aggregated(x: Tensor, key: Tensor, bias: Tensor, added: Callable, mixing: Callable, parameters: Sequence[Tensor],
                numbers: tuple) -> Tensor:
     """Spikes of a STAA neuron for the current x (T, B, C, H, W).
 
@@ -70,7 +70,8 @@ class _Aggregated(torch.autograd.Function):
             _membrane(compiled, hm[t], x[t], *mixed[t], settings, hm[t + 1])
         ds, dx, dparameters = ds.contiguous(), torch.empty_like(x), [None] * len(parameters)
         dhm, dmean_hm = torch.zeros_like(hm[0]), torch.zeros_like(ctx.tapes[0].out[0])
-        dmean, dadded = [], []
+        dmean: list[Tensor] = []
+        dadded: list[Tensor] = []
         for t in reversed(range(len(x))):
             dpqw = _step_backward(compiled, ds[t], dhm, *wide([dmean_hm], last), hm[t], x[t], *mixed[t], settings,
                                   dx[t], last)
@@ -93,7 +94,7 @@ class Tape:
         self.graph = [out] if isinstance(out, Tensor) else list(out)
         self.out = [y.detach() for y in self.graph]
 
-    def backward(self, grads, parameters, so_far):
+    def backward(self, grads, parameters, so_far) -> tuple[list[Tensor], list[Tensor | None]]:
         """The gradients of the inputs, and those of the parameters added to `so_far`; None where there is none."""
         used = [(y, grad) for y, grad in zip(self.graph, grads) if y.requires_grad]
         if not used:
@@ -102,8 +103,8 @@ class Tape:
         wanted = [*self.inputs, *(p for p in parameters if p.requires_grad)]
         found = iter(torch.autograd.grad(outputs, wanted, grads, retain_graph=True, allow_unused=True))
         inputs = [torch.zeros_like(x) if g is None else g for x, g in zip(self.inputs, found)]
-        found = [next(found) if p.requires_grad else None for p in parameters]
-        return inputs, [new if old is None else old if new is None else old + new for old, new in zip(so_far, found)]
+        own = [next(found) if p.requires_grad else None for p in parameters]
+        return inputs, [new if old is None else old if new is None else old + new for old, new in zip(so_far, own)]
 
 
 def by_position(x: Tensor, last: bool) -> Tensor:
@@ -130,7 +131,7 @@ def context_backward(x: Tensor, key: Tensor, weights: Tensor, grad: Tensor, dx: 
     return (dlogits @ y).sum((0, 1))
 
 
-def one_pass(function):
+def one_pass(function: Callable) -> Callable:
     """Call it as function(compiled, ...): compiled in one pass over memory, or as it stands."""
     fast = torch.compile(function, dynamic=True)
     return lambda compiled, *args: (fast if compiled else function)(*args)

@@ -53,15 +53,17 @@ def ship(name: str) -> Path:
     return shipped
 
 
-def main(words: list[str]):
+def main(words: list[str]) -> None:
     if len(words) == 2 and words[0] == "ship":
-        return print(f"{ship(words[1])} is written, and its record beside those in {records.folder('records')}.")
+        print(f"{ship(words[1])} is written, and its record beside those in {records.folder('records')}.")
+        return
     if len(words) < 2 or words[0] not in ("train", "vouch") or words[1] not in ITEMS:
         raise ConfigError(f"write train or vouch, then one of {', '.join(ITEMS)}, then name=value, ...; or ship "
                           "and the name of a finished run")
     configs = ITEMS[words[1]](parameters(words[2:]))
     if words[0] == "train":
-        return run_all(configs)
+        run_all(configs)
+        return
     done, missing = vouch(configs)
     print(f"{len(done)} records of {words[1]} are in {records.folder('records')}.")
     for config in missing:

@@ -8,6 +8,7 @@ hands in `norm_layer`. The layouts are those of the authors' public code; VGG-13
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ def conv1x1(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
 class SpikingNetwork(nn.Module):
     """The frame of every network: repeat over T, features, global average pool, head, average over time."""
 
+    head: nn.Linear
+
     def __init__(self, neuron: Callable[..., nn.Module], in_channels: int, T: int, min_size: int):
         super().__init__()
         self._make_neuron = neuron
@@ -45,12 +48,16 @@ class SpikingNetwork(nn.Module):
 
     def neuron(self, channels: int) -> nn.Module:
         layer = self._make_neuron(channels, T=self.T)
-        layer.is_neuron = True  # what `neurons` looks for
+        setattr(layer, "is_neuron", True)  # what `neurons` looks for
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.head(self.features(self.over_time(x)).mean((-2, -1)))  # (T, B, K)
         return x.mean(0)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(T, B, C_in, H, W) to the maps that the head sees pooled, (T, B, C, h, w); each network's own."""
+        raise NotImplementedError
 
     def over_time(self, x: Tensor) -> Tensor:
         """Images or frames as (T, B, C, H, W)."""
@@ -75,7 +82,7 @@ class BasicBlock(nn.Module):
         self.conv2 = Steps(conv3x3(c_out, c_out), nn.BatchNorm2d(c_out))
         self.neuron2 = neuron(c_out)
         if stride == 1 and c_in == c_out:
-            self.shortcut = nn.Identity()
+            self.shortcut: nn.Module = nn.Identity()
         elif pool_shortcut:
             self.shortcut = Steps(nn.AvgPool2d(stride, ceil_mode=True), conv1x1(c_in, c_out), nn.BatchNorm2d(c_out))
         else:
@@ -202,6 +209,12 @@ class firing_rates:
         self.count = dict.fromkeys(self.layers, 0)
         self.hooks = [layer.register_forward_hook(partial(self._add, name)) for name, layer in self.layers.items()]
         return self
+
+    @overload
+    def __call__(self, by_step: Literal[False] = False) -> dict[str, float]: ...
+
+    @overload
+    def __call__(self, by_step: Literal[True]) -> dict[str, list[float]]: ...
 
     def __call__(self, by_step: bool = False) -> dict[str, float] | dict[str, list[float]]:
         if by_step:

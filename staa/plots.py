@@ -1,6 +1,7 @@
 """The one style of every figure, and how a figure gets to disk."""
 
 import io
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -28,7 +29,7 @@ BLOCKS = {"pe": "#e2a76f", "gc": "#9ccbe8", "sa": "#f3e2a0", "plain": "#ffffff",
 MARKERS = {"lif": "o-", "staa": "s--", "fsta": "^-.", "statten": "d:"}
 
 
-def style():
+def style() -> None:
     """Set matplotlib for the figures of the paper: fonts of a CVPR column, embedded as text, no random ids."""
     sns.set_theme(context="paper", style="ticks", palette="colorblind")
     mpl.rcParams.update({
@@ -122,7 +123,7 @@ def event_cloud(events: np.ndarray, sensor: int, most: int = 4000) -> Figure:
     return figure
 
 
-def event_animation(frames: np.ndarray, pixels: int = 204, milliseconds: int = 100):
+def event_animation(frames: np.ndarray, pixels: int = 204, milliseconds: int = 100) -> Any:
     """Frames (T, 2, H, W) as an animated GIF for a notebook, about `pixels` wide; it loops."""
     from base64 import b64encode
 
@@ -142,7 +143,7 @@ def grad_cam(frames: np.ndarray, found: dict[str, dict[str, np.ndarray]], outlin
     """Figure 4: frames (T, 2, H, W), and beside them a row a neuron of Grad-CAM maps (H, W) by layer, each scaled to
     its own maximum. outline: the object's mask (H, W)."""
     figure = plt.figure(figsize=(PAGE, 2.5))
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.9])
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1, 1.9])[0]
     event_frames(frames, left)
     axes = right.subplots(len(found), len(next(iter(found.values()))), squeeze=False)
     for i, (row, (neuron, maps)) in enumerate(zip(axes, found.items())):
@@ -157,7 +158,7 @@ def grad_cam(frames: np.ndarray, found: dict[str, dict[str, np.ndarray]], outlin
     return figure
 
 
-def save(figure: Figure, name: str):
+def save(figure: Figure, name: str) -> None:
     """figures/NAME.pdf and .png, each whole or not at all; the same figure gives the same bytes."""
     for ending, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
         content = io.BytesIO()

@@ -14,12 +14,24 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 class RecordError(RuntimeError):
     """A record or a folder that cannot be used; the message is one sentence."""
+
+
+class Labelled(Protocol):
+    """What every dataset is here: (image or events, label) by index, and labels and class names as in torchvision."""
+
+    targets: list[int]
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> tuple[Any, int]: ...
 
 
 class DataError(RuntimeError):
@@ -49,7 +61,7 @@ class Record:
         """Test accuracy of the last epoch, in percent; never the best on the test set."""
         return self.outcome["epochs"][-1]["test_accuracy"]
 
-    def save(self, path: Path):
+    def save(self, path: Path) -> None:
         body = {"format": 1, "config": self.config, "outcome": self.outcome, "provenance": self.provenance}
         text = json.dumps(body | {"sha256": checksum(body)}, indent=1, sort_keys=True, allow_nan=False)
         write(path, (text + "\n").encode())
@@ -110,7 +122,7 @@ def commit() -> str:
         return ""
 
 
-def write(path: Path, content: bytes):
+def write(path: Path, content: bytes) -> None:
     """Write to a temporary name beside `path` and move it into place: a reader sees the old file or the whole new one.
 
     Raises RecordError, one sentence, where the folder cannot be written or the disk is full.

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from . import data, plots, tables, train
 from .config import Config
@@ -26,7 +27,8 @@ LINES = {"LIF": (plots.COLORS["lif"], "o-"), "FSTA's LIF": (plots.COLORS["ann"],
 def spectra(network: SpikingNetwork, batches: Iterable) -> dict[str, Tensor]:
     """Mean energy of the DCT coefficients of each layer's spike maps: name -> (T, H, W); entry (u, v) has frequency u
     along H and v along W. The coefficients of one map have the energy of its spikes, which is their number."""
-    sums, count, hooks = {}, 0, []
+    sums: dict[str, Tensor] = {}
+    count, hooks = 0, []
 
     def add(name, spikes):
         coefficients = dct(spikes.shape[-2]).to(spikes) @ spikes @ dct(spikes.shape[-1]).to(spikes).T
@@ -84,7 +86,7 @@ def label(record: Record) -> str:
 
 def groups(runs: list[Record]) -> dict[str, list[Record]]:
     """Runs by label, seeds together, in the order of the grid."""
-    found = {}
+    found: dict[str, list[Record]] = {}
     for run in runs:
         found.setdefault(label(run), []).append(run)
     return found
@@ -95,7 +97,7 @@ def measured(run: Record) -> Measurement:
     return measure(train.trained(run), test_batches(run))
 
 
-def test_batches(run: Record):
+def test_batches(run: Record) -> DataLoader:
     config = Config.from_dict(run.config)
     return data.batches(train.evaluation_set(config), config.batch_size, shuffle=False)
 
@@ -142,7 +144,7 @@ def by_seed(runs: list[Record]) -> dict[int, float]:
     return {run.config["seed"]: run.accuracy for run in runs}
 
 
-def layers(found: dict[str, list[float]], title: str, ylabel: str, axes, at: float | None = None):
+def layers(found: dict[str, list[float]], title: str, ylabel: str, axes, at: float | None = None) -> None:
     """One line a label over the spiking layers, by depth; nan leaves a gap."""
     for name, values in found.items():
         color, line = LINES[name]
@@ -171,7 +173,7 @@ def figure_attention(images: Tensor, maps: dict[str, list[Tensor]], T: int) -> F
     """Frames (T, H, W) of one sample over the mean over blocks of each network's attention maps (T/c, c N, c N), laid
     out as T N query tokens by T N key tokens; what lies outside the chunks is never compared, and left white."""
     figure = plt.figure(figsize=(plots.PAGE, 3.4))
-    above, below = figure.subfigures(2, 1, height_ratios=[1, 2.6])
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1, 2.6])[:, 0]
     for t, axes in enumerate(np.atleast_1d(above.subplots(1, T))):
         axes.imshow(images[t], cmap="gray_r")
         axes.set(xticks=[], yticks=[], title=f"step {t + 1}")

@@ -7,11 +7,14 @@ intensity is taken as linear in time, which gives every event its time stamp.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
+
+from .records import Labelled
 
 #: An event, in tonic's order: pixel x, y, time stamp in microseconds, polarity (True: brighter).
 EVENT = np.dtype([("x", np.int16), ("y", np.int16), ("t", np.int64), ("p", bool)])
@@ -96,11 +99,18 @@ def moving(image: np.ndarray, path: np.ndarray, size: int, background: float) ->
     bilinear, background where the image does not reach."""
     h, w = image.shape
     grid = torch.arange(size) - (size - 1) / 2
-    path = torch.tensor(np.array(path), dtype=torch.float32)
-    y, x = ((2 * (grid - path[:, axis, None]) / length) for axis, length in ((0, h), (1, w)))  # (N, size), -1 to 1
+    centres = torch.tensor(np.array(path), dtype=torch.float32)
+    y, x = ((2 * (grid - centres[:, axis, None]) / length) for axis, length in ((0, h), (1, w)))  # (N, size), -1 to 1
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
-    source = torch.as_tensor(image - background, dtype=torch.float32).expand(len(path), 1, h, w)
+    source = torch.as_tensor(image - background, dtype=torch.float32).expand(len(centres), 1, h, w)
     return F.grid_sample(source, grid, align_corners=False)[:, 0].numpy() + background
+
+
+class Pictures(Labelled, Protocol):
+    """Grey images of 8 x 8 in `data`, and in `indices` their places in the whole set, which seed the sensor's noise."""
+
+    data: np.ndarray
+    indices: np.ndarray
 
 
 class Simulated(Dataset):
@@ -113,7 +123,7 @@ class Simulated(Dataset):
     sensor = Sensor(size=34, threshold=0.3, mismatch=0.03, noise=1.0)
     dark, milliseconds, radius, pictures = 0.2, 300, 4.0, 96
 
-    def __init__(self, images: Dataset):
+    def __init__(self, images: Pictures):
         self.data, self.indices = images.data, images.indices
         self.targets, self.classes = images.targets, images.classes
         #: All that decides the events beside the images; "1" is the version of this file's arithmetic.
@@ -124,8 +134,8 @@ class Simulated(Dataset):
 
     def film(self, i: int) -> np.ndarray:
         """(96, 34, 34), intensities from 0.2 to 1."""
-        image = torch.from_numpy(self.data[i] / 255)[None, None].float()
-        image = F.interpolate(image, scale_factor=3, mode="bilinear")[0, 0].numpy()
+        small = torch.from_numpy(self.data[i] / 255)[None, None].float()
+        image = F.interpolate(small, scale_factor=3, mode="bilinear")[0, 0].numpy()
         path = closed_path(self.pictures, self.radius)
         return moving(self.dark + (1 - self.dark) * image, path, self.sensor.size, self.dark)
 

@@ -57,7 +57,7 @@ class Lines:
     def png(self) -> bytes:
         self.canvas.restore_region(self.background)
         for line in self.lines:
-            line.axes.draw_artist(line)
+            self.canvas.figure.draw_artist(line)
         content = io.BytesIO()
         Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB").save(content, "png", compress_level=1)
         return content.getvalue()
@@ -81,7 +81,8 @@ def widget(settings: dict, redraw: Callable[..., tuple[bytes, str]]) -> dict:
     """The output, by MIME type, of sliders over an image and its caption."""
     import ipywidgets
 
-    image, text, sliders = ipywidgets.Image(), ipywidgets.Label(), {}
+    image, text = ipywidgets.Image(), ipywidgets.Label()
+    sliders: dict[str, ipywidgets.Widget] = {}
 
     def moved(_=None):  # all of them: what they show is what is drawn, whatever was drawn in between
         image.value, text.value = redraw(**{name: slider.value for name, slider in sliders.items()})
@@ -96,7 +97,7 @@ def widget(settings: dict, redraw: Callable[..., tuple[bytes, str]]) -> dict:
     return ipywidgets.VBox([rows, image, text])._repr_mimebundle_()
 
 
-def show(output: dict):
+def show(output: dict) -> None:
     from IPython.display import display
 
     display(output, raw=True)

@@ -30,7 +30,7 @@ class Gain:
 
     @property
     def beyond_chance(self) -> bool:
-        return self.low is not None and not self.low <= 0 <= self.high
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
     def __str__(self) -> str:
         if self.low is None:

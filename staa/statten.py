@@ -103,9 +103,9 @@ class JointAttention(nn.Module):
 
 def half_threshold(neuron: nn.Module) -> nn.Module:
     """The neuron, firing half way from its reset to its threshold; one without `v_th` fires as it does."""
-    if hasattr(neuron, "v_th"):
-        reset = getattr(neuron, "v_reset", 0.0)
-        neuron.v_th = reset + (neuron.v_th - reset) / 2
+    threshold, reset = getattr(neuron, "v_th", None), getattr(neuron, "v_reset", 0.0)
+    if threshold is not None:
+        setattr(neuron, "v_th", reset + (threshold - reset) / 2)
     return neuron
 
 
@@ -174,7 +174,8 @@ class SpikeDriven(SpikingNetwork):
         self.dim, self.event = round(dim * width), event
         if self.dim < 8 or self.dim % 8:
             raise ValueError(f"dim times width must be a multiple of 8, got {dim} x {width:g} = {self.dim}")
-        embed, c = [], in_channels
+        embed: list[nn.Module] = []
+        c = in_channels
         for stage, c_out in enumerate((self.dim // 8, self.dim // 4, self.dim // 2, self.dim)):
             embed += [Steps(conv3x3(c, c_out), nn.BatchNorm2d(c_out))]
             embed += [self.neuron(c_out)] if stage < 3 else []  # the last one's comes in front of the position

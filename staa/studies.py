@@ -36,7 +36,8 @@ def table2(runs: list[Record]) -> pd.DataFrame:
     rows, names = paper("table2"), {ARCHITECTURES[n].replace("-", ""): n for n in TABLE2}
     lines = []
     for row in rows.itertuples():
-        own = dict(network=names[row.architecture], T=4) if not row.cited and row.architecture in names else None
+        is_own = not row.cited and row.architecture in names
+        own: dict | None = dict(network=names[row.architecture], T=4) if is_own else None
         line = {"Method": row.method + (f" [{row.cited}]" if row.cited else ""), "Architecture": row.architecture,
                 "T": row.T, "Paper: ImageNet": row.accuracy,
                 "Recorded: ImageNet": recorded(dataset="imagefolder:imagenet", neuron="staa", **own) if own else ""}

@@ -6,6 +6,7 @@ import re
 import statistics
 from collections import defaultdict
 from functools import cache
+from typing import Any
 
 import pandas as pd
 
@@ -114,7 +115,7 @@ def vouched_setups(rows: list[tuple[str, dict]]) -> dict[str, list[Record]]:
             c = LATER | record.config
             rest = json.dumps({k: v for k, v in c.items() if k not in ("seed", "neuron_settings")}, sort_keys=True)
             groups[c["width"], record.outcome["train_images"], c["epochs"], rest].append(record)
-    found = {}
+    found: dict[str, list[Record]] = {}
     for key in sorted(groups, reverse=True):
         first = groups[key][0]
         name = f"{NAMES.get(first.config['dataset'], first.config['dataset'])}, {training(first)}"
@@ -184,6 +185,7 @@ def _whole(neuron, T, settings):
 def own_settings(config: dict) -> str:
     """What differs from the neuron's defaults, as "STAA, gc = False"."""
     default = whole(config["neuron"], config["T"], {})
+    assert default is not None, "the neuron of a record exists"
     others = [f"{k} = {config['neuron_settings'][k]}" for k in default if config["neuron_settings"][k] != default[k]]
     return ", ".join([config["neuron"].upper(), *others])
 
@@ -275,7 +277,7 @@ def header(settings: Settings, runs: list[Record]) -> str:
     return text
 
 
-def save(table: pd.DataFrame, name: str, note: str):
+def save(table: pd.DataFrame, name: str, note: str) -> None:
     """figures/NAME.md, .csv, .tex and .html (a fragment for `staa.page`), each whole or not at all."""
     caption = re.sub(r"([&%$#_{}])", r"\\\1", note)
     texts = {"md": f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{note}\n",
@@ -286,7 +288,7 @@ def save(table: pd.DataFrame, name: str, note: str):
         records.write(records.folder("figures") / f"{name}.{ending}", text.encode())
 
 
-def shown(table: pd.DataFrame):
+def shown(table: pd.DataFrame) -> Any:
     """The table as a notebook output without random ids."""
     from IPython.display import Markdown
 

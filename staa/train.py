@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -36,8 +36,8 @@ class TrainingError(RuntimeError):
     """A run that cannot go on; the message is one sentence."""
 
 
-def run(config: Config, *, device: str | None = None, data_root: Path | None = None, workers: int | None = None,
-        log: Callable[[str], None] = print) -> Record:
+def run(config: Config, *, device: str | torch.device | None = None, data_root: Path | None = None,
+        workers: int | None = None, log: Callable[[str], None] = print) -> Record:
     """The record of this run, from disk or from training; logs one line an epoch.
 
     device: "cpu", "cuda", ...; by default a GPU where there is one. workers: processes that load data; by default none
@@ -46,11 +46,11 @@ def run(config: Config, *, device: str | None = None, data_root: Path | None = N
     (weights.pt where safetensors is not installed). Where another process trains the same run, this one waits and
     reads. Raises DataError, RecordError or TrainingError, one sentence.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    peers = join(device)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda" and where.index is None and "LOCAL_RANK" in os.environ:
+        where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(where)
+    peers = join(where)
     if record := peers.first(lambda: records.find(config)):
         return record
     place = records.folder("runs") / config.name
@@ -58,11 +58,11 @@ def run(config: Config, *, device: str | None = None, data_root: Path | None = N
     with ExitStack() as held:
         peers.first(lambda: held.enter_context(lock))
         done = peers.first(lambda: records.find(config))
-        return done or _train(config, place, device, data_root, workers, log, peers)
+        return done or _train(config, place, where, data_root, workers, log, peers)
 
 
 @contextmanager
-def locked(place: Path, on_wait: Callable[[], None]):
+def locked(place: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """Hold a run's folder, made if need be; a killed process holds nothing."""
     lock = FileLock(place / "lock")
     try:
@@ -82,7 +82,7 @@ def locked(place: Path, on_wait: Callable[[], None]):
 
 
 @contextmanager
-def own_state(config: Config, device: torch.device):
+def own_state(config: Config, device: torch.device) -> Iterator[None]:
     """The run's own number of threads and random generator; the caller's are as before at the end."""
     before = torch.get_num_threads()
     torch.set_num_threads(config.threads)
@@ -108,7 +108,8 @@ def _train(config: Config, place: Path, device, data_root, workers, log, peers: 
     with own_state(config, device):
         torch.manual_seed(data.mix(config.seed))
         network = new_network(config, len(train_set.classes))
-        network.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+        layout = torch.channels_last if config.channels_last else torch.preserve_format
+        network.to(device, memory_format=layout)  # type: ignore[call-overload]  # torch forgot this form
         if not config.microbatch:
             network = peers.synchronise(network, device)
         optimizer = new_optimizer(config, network.parameters())
@@ -236,7 +237,7 @@ def to(x: Tensor, device, config: Config) -> Tensor:
     return x.to(device, non_blocking=True, memory_format=layout)
 
 
-def autocast(device, config: Config):
+def autocast(device, config: Config) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
@@ -260,7 +261,7 @@ def words_to_settings(words: list[str]) -> dict:
     return settings
 
 
-def main(words: list[str]):
+def main(words: list[str]) -> None:
     config = Config.from_dict(words_to_settings(words))
     record = run(config)
     if int(os.environ.get("RANK", 0)) == 0:
