@@ -21,6 +21,7 @@ import copy
 import io
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class InterchangeError(ValueError):
     """A network that NIR cannot express; the message is one sentence that says why."""
 
 
-def write(path: Path | str, network: SpikingNetwork, image_size: int, dt: float = DT):
+def write(path: Path | str, network: SpikingNetwork, image_size: int, dt: float = DT) -> None:
     """`to_nir` as a file that `nir.read` reads, whole or not at all."""
     content, graph = io.BytesIO(), to_nir(network, image_size, dt)
     import nir
@@ -46,7 +47,7 @@ def write(path: Path | str, network: SpikingNetwork, image_size: int, dt: float 
     records.write(Path(path), content.getvalue())
 
 
-def to_nir(network: SpikingNetwork, image_size: int, dt: float = DT):
+def to_nir(network: SpikingNetwork, image_size: int, dt: float = DT) -> Any:
     """A VGG or ResNet of plain LIF neurons as a `nir.NIRGraph`; its nodes are named as the modules.
 
     image_size: pixels, since NIR's neurons are counted. dt: seconds a time step. Weights keep their type.
@@ -60,7 +61,7 @@ def to_nir(network: SpikingNetwork, image_size: int, dt: float = DT):
     return Export(nir, dt).graph(network, image_size)
 
 
-def check(network: SpikingNetwork):
+def check(network: SpikingNetwork) -> None:
     """Refuse what is no VGG or ResNet of plain LIF neurons."""
     if not isinstance(network, (VGG, ResNet)):
         raise InterchangeError(f"VGG and ResNet are exported to NIR, and this is a {type(network).__name__}")
@@ -77,11 +78,12 @@ def check(network: SpikingNetwork):
 class Export:
     """Nodes and edges collected on the way through a network."""
 
-    def __init__(self, nir, dt: float):
+    def __init__(self, nir: Any, dt: float):
         self.nir, self.dt = nir, dt
-        self.nodes, self.edges = {}, []
+        self.nodes: dict[str, Any] = {}
+        self.edges: list[tuple[str, str]] = []
 
-    def graph(self, network: SpikingNetwork, image_size: int):
+    def graph(self, network: SpikingNetwork, image_size: int) -> Any:
         weight = network.head.weight
         shape = (network.in_channels, image_size, image_size)
         self.shapes = output_shapes(network, torch.empty(1, *shape, dtype=weight.dtype, device="meta"))
@@ -91,7 +93,7 @@ class Export:
             if child is not network.head:
                 last = self.add(name, child, last)
         size = self.shapes[last]
-        last = self.node("mean", self.pool(size[1:]), [last])
+        last = self.node("mean", self.pool((size[1], size[2])), [last])
         last = self.node("flatten", self.nir.Flatten({"input": np.array([size[0], 1, 1])}, 0, -1), [last])
         last = self.node("head", self.nir.Affine(numpy(weight), numpy(network.head.bias)), [last])
         self.node("output", self.nir.Output({"output": np.array([len(weight)])}), [last])
@@ -136,7 +138,7 @@ class Export:
         return source
 
     def average(self, place: str, pool: nn.AvgPool2d, source: str) -> str:
-        size = pool.kernel_size
+        size: Any = pool.kernel_size  # one number in this package's networks
         if size == 1:
             return source
         height, width = self.shapes[source][1:]
@@ -145,17 +147,17 @@ class Export:
                                    "what happens at the edge: choose an image_size that divides evenly")
         return self.node(place, self.pool((size, size)), [source])
 
-    def pool(self, size: tuple[int, int]):
+    def pool(self, size: tuple[int, int]) -> Any:
         return self.nir.AvgPool2d(kernel_size=np.array(size), stride=np.array(size), padding=np.array([0, 0]))
 
-    def conv(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, shape):
+    def conv(self, conv: nn.Conv2d, bn: Any, shape: tuple[int, ...]) -> Any:
         """A convolution and its BN in evaluation: scale = weight / sqrt(variance + eps)."""
         scale = bn.weight / (bn.running_var + bn.eps).sqrt()
         return self.nir.Conv2d(input_shape=tuple(shape[1:]), weight=numpy(conv.weight * scale[:, None, None, None]),
                                stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
                                bias=numpy(bn.bias - bn.running_mean * scale))
 
-    def neuron(self, lif: LIF, shape):
+    def neuron(self, lif: LIF, shape: tuple[int, ...]) -> Any:
         def everywhere(value: float) -> np.ndarray:
             return np.full(shape, value)
 

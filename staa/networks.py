@@ -8,7 +8,7 @@ hands in `norm_layer`. The layouts are those of the authors' public code; VGG-13
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class SpikingNetwork(nn.Module):
     """The frame of every network: repeat over T, features, global average pool, head, average over time."""
 
     head: nn.Linear
+    config: Any = None  # the staa.Config of a network that was trained or loaded
 
     def __init__(self, neuron: Callable[..., nn.Module], in_channels: int, T: int, min_size: int):
         super().__init__()

@@ -35,7 +35,7 @@ class Loader:
 
     def __init__(self, config: Config, device: torch.device, workers: int, peers: Peers):
         self.config, self.device, self.workers, self.peers = config, device, workers, peers
-        self.resident = {}
+        self.resident: dict[int, Images] = {}
 
     def __call__(self, view: View, augment: str, *, shuffle: bool) -> Iterable[tuple[Tensor, Tensor]]:
         size = self.config.batch_size
@@ -53,7 +53,7 @@ class Images:
 
     def __init__(self, view: View, name: str, device: torch.device):
         indices = np.asarray(view.indices)
-        self.images = torch.from_numpy(view.dataset.data[indices]).to(device)
+        self.images = torch.from_numpy(getattr(view.dataset, "data")[indices]).to(device)
         self.labels = torch.tensor(view.dataset.targets)[indices].to(device)
         about = describe(name)
         mean, std = (255 * torch.tensor(numbers, device=device)[:, None, None] for numbers in (about.mean, about.std))
@@ -115,7 +115,7 @@ def auto_augment(x: Tensor, draw: torch.Generator) -> Tensor:
     chance, sign = chance.numpy(), (sign <= 0.5).numpy()
     x = x.clone()
     for step in range(2):
-        groups = {}
+        groups: dict[tuple, list[int]] = {}
         for i, p in enumerate(chosen.tolist()):
             name, probability, level = policy._policies[p][step]
             if chance[i, step] <= probability:

@@ -11,6 +11,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def available() -> bool:
     return importlib.util.find_spec("safetensors") is not None
 
 
-def library():
+def library() -> Any:
     if not available():
         raise RecordError("weights are kept in safetensors files, and safetensors is not installed: pip install "
                           "safetensors.")
@@ -48,7 +49,7 @@ def library():
     return safetensors
 
 
-def save(path: Path, tensors: dict[str, Tensor], config: Config, classes: int):
+def save(path: Path, tensors: dict[str, Tensor], config: Config, classes: int) -> None:
     """A network's state and its config as one safetensors file, whole or not at all. Raises RecordError where they do
     not fit each other, or the file cannot be written."""
     tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
@@ -123,7 +124,7 @@ def checksum(about: dict, tensors: dict[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def keep(place: Path, state: dict, config: Config, classes: int, log: Callable[[str], None]):
+def keep(place: Path, state: dict, config: Config, classes: int, log: Callable[[str], None]) -> None:
     """The final weights into the run's folder; without safetensors, which a bare machine lacks, nothing is lost."""
     names = ["weights.safetensors", "weights.pt"]
     if available():
@@ -161,7 +162,7 @@ def trained(record: Record) -> SpikingNetwork:
     return network
 
 
-def save_pretrained(network: SpikingNetwork, folder: Path | str):
+def save_pretrained(network: SpikingNetwork, folder: Path | str) -> None:
     """The network as a folder with config.json and model.safetensors, which `huggingface_hub.upload_folder` takes.
 
     network: one that knows its config: from `load`, `from_pretrained`, `staa.train.trained`, or trained by you and
