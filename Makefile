@@ -32,9 +32,9 @@ list: $(READY)   ## each notebook, its cost, and how many of its runs have a rec
 	@$(BIN)/python -m staa.page list
 
 test: $(READY)   ## the test suite, and nbval over every notebook
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	dir=$$(mktemp -d) && STAA_RUNS=$$dir/runs STAA_FIGURES=$$dir/figures \
-		$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=1200 notebooks; status=$$?; rm -rf $$dir; exit $$status
+		$(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout=1200 notebooks; status=$$?; rm -rf $$dir; exit $$status
 
 bench: $(READY)  ## the benchmarks: about ten minutes; writes benchmarks/README.md
 	cd benchmarks && for part in speed scaling loader events report; do ../$(BIN)/python $$part.py || exit 1; done
