@@ -42,7 +42,7 @@ def _read_cifar10dvs(path: Path) -> np.ndarray:
 def _read_dvsgesture(path: Path) -> np.ndarray:
     table = np.load(path)  # x, y, polarity, milliseconds
     columns = [table[:, 0], table[:, 1], table[:, 2], table[:, 3] * 1000]
-    return np.rec.fromarrays(columns, names="x, y, p, t")  # type: ignore[call-overload]  # NumPy's stubs ask for formats
+    return np.rec.fromarrays(columns, names="x, y, p, t")  # type: ignore[call-overload]  # NumPy's stubs want formats
 
 
 @dataclass(frozen=True)
