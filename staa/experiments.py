@@ -9,6 +9,7 @@ import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import product
+from types import ModuleType
 from typing import Any
 
 from . import data
@@ -83,7 +84,6 @@ TABLE4_STEPS = {"GC": ("GC", "baseline"), "PE": ("GC + PE", "GC"), "TSRD without
 #: The introduction's claims on convergence. LIF is Table 4's baseline, so that these are three of its rows.
 CONVERGENCE = [("LIF", TABLE4[0][1]), ("STAA", TABLE4[5][1]), ("STAA without TSRD", TABLE4[4][1])]
 
-
 #: Table 3's own rows, at T = 16.
 TABLE3 = {"cifar10dvs": ["resnet20", "vgg13"], "dvsgesture": ["vgg13"]}
 #: FSTA's comparison: label -> neuron and its settings. "FSTA's LIF" is the neuron of its code without the module, which
@@ -146,7 +146,8 @@ def settings(namespace: Mapping) -> Settings:
     """
     # The notebook's own cell comes first; papermill's, which begins the same way, after it.
     cells = [source for source in namespace.get("In", []) if source.startswith("# Parameters")]
-    known, *injected = [assigned(source) for source in cells] or [PARAMETERS & namespace.keys()]  # nbval keeps no In
+    here = {name for name in PARAMETERS & namespace.keys() if not isinstance(namespace[name], ModuleType)}
+    known, *injected = [assigned(source) for source in cells] or [here]  # nbval keeps no In
     for name in set().union(*injected) - known:
         raise ConfigError(f"a parameter of this notebook must be one of {', '.join(sorted(known))}, got {name!r}")
     given = {name: namespace[name] for name in known if namespace[name] is not None}

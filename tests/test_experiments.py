@@ -179,3 +179,10 @@ def test_a_kernel_without_history_will_do():
     namespace = notebook(lr=0.5)
     namespace["In"] = [""]  # as nbval runs it
     assert settings(namespace).changes == {"lr": 0.5}
+
+
+def test_a_module_of_the_same_name_is_no_parameter():
+    """A notebook that has imported staa.frames, in a kernel that keeps no input cells, as nbval's."""
+    from staa import frames
+
+    assert settings({"preset": "smoke", "seeds": 1, "frames": frames}).changes == {}
