@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 enabled = os.environ.get("STAA_FUSED", "1") != "0"
 
 #: Elements from which a current is worth the seconds that compiling takes, once a process.
-WORTH_COMPILING = 2 ** 20
+WORTH_COMPILING = 2 ** 21
 #: Elements of one slice on a CPU.
 SLICE = 2 ** 18
 
