@@ -11,6 +11,7 @@ currents of lower precision, and of the current's type otherwise.
 """
 
 import functools
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -41,6 +42,8 @@ def compiles(x: Tensor) -> bool:
 @functools.cache
 def compiler(device: str) -> bool:
     """Whether torch.compile works here; one warning where it does not."""
+    # Without this it says on stderr that there is a CUDA toolkit and no GPU, which is nobody's business on a CPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
         return True
