@@ -10,6 +10,7 @@ our reading: with the gate at 1/2 and alpha = 2 the aggregator starts as the pla
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,11 @@ def sinusoid(T: int, channels: int) -> Tensor:
     c = torch.arange(channels)
     angle = t * torch.exp(-math.log(10000.0) * (c - c % 2) / channels)
     return torch.where(c % 2 == 0, angle.sin(), angle.cos())
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Autocast switched off; of a device that has none, such as "meta", nothing."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def per_channel(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -169,7 +175,7 @@ class STAALIF(LIF):
         dropped = (torch.rand(self.T) < self.beta).tolist() if self.training and self.beta else [False] * self.T
         if not any(dropped) and next(self.children(), None) is None:
             return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):  # it is no matrix product that would gain by bf16
+        with without_autocast(x.device.type):  # there is no matrix product that would gain by bf16
             if self.is_plain() and fused.usable(x, *self.numbers()):
                 return self._fused(x, dropped)
             return self._reference(x.to(fused.membrane_type(x)), dropped).to(x.dtype)

@@ -117,6 +117,14 @@ def test_lower_precision(dtype, way):
         same(shaken(STAALIF(8, 4, r=1)), x, tolerance=1e-4)  # sums over space and LayerNorm in another order
 
 
+@pytest.mark.parametrize("neuron", ["lif", "staa"])
+def test_shapes_alone(neuron):
+    """A network on the meta device gives its output's shape; there is no autocast there to switch off."""
+    with torch.device("meta"):
+        network = staa.build("resnet20", neuron, num_classes=7, T=2, width=1 / 16)
+    assert network(torch.empty(3, 3, 16, 16, device="meta")).shape == (3, 7)
+
+
 def test_autocast_does_not_reach_the_membrane():
     neuron, x = shaken(STAALIF(8, 4)).eval(), current((4, 2, 8, 6, 6), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
