@@ -2,7 +2,7 @@
 faster, and is tested against it. `fused_staa.py` does the same for the STAA neuron.
 
 A neuron is limited by memory traffic, so each number is read and written as few times as can be, and nothing is kept
-A neuron is limited by memory traffic, so each number is read and written as few times as can be, and nothing is kept
+for the backward pass but the current: the membrane potential is computed anew. There are two ways: the equations
 compiled (Inductor, Triton), one pass for all time steps; and, where there is no compiler or a current is too small to
 compile for, operators that work in place on slices that stay in the cache.
 
@@ -12,9 +12,10 @@ currents of lower precision, and of the current's type otherwise.
 
 import functools
 import logging
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ class _LIF(torch.autograd.Function):
         ctx.save_for_backward(rows)
         ctx.numbers, ctx.shape, ctx.last, ctx.compiles = numbers, x.shape, last, compiles(x)
         if ctx.compiles:
-            _lif(rows.unbind(), s.unbind(), constants(numbers, membrane_type(x), x.device))
+            _lif(rows.unbind(), s.unbind(), constants(numbers, membrane_type(x), x.device), by_the_authors(*numbers))
         else:
             _lif_sliced(rows, s, *numbers)
         return shaped(s, x.shape, last)
@@ -106,7 +107,7 @@ class _LIF(torch.autograd.Function):
         grad, dx = flat(grad, ctx.last), torch.empty_like(rows)
         if ctx.compiles:
             _lif_backward(rows.unbind(), grad.unbind(), dx.unbind(),
-                          constants(ctx.numbers, membrane_type(rows), rows.device))
+                          constants(ctx.numbers, membrane_type(rows), rows.device), by_the_authors(*ctx.numbers))
         else:
             _lif_sliced_backward(rows, grad, dx, *ctx.numbers)
         return shaped(dx, ctx.shape, ctx.last), None
@@ -117,9 +118,19 @@ def lif(x: Tensor, decay: float, gain: float, v_th: float, v_reset: float, a: fl
     return _LIF.apply(x, (decay, gain, v_th, v_reset, a))
 
 
-@functools.partial(torch.compile, dynamic=True)
-def _lif(x: list[Tensor], s: list[Tensor], constants: Tensor):
+def by_the_authors(decay, gain, v_th, v_reset, a) -> bool:
+    return (gain, v_reset, a) == (1, 0, 1)
+
+
+def unpacked(constants: Tensor, authors: bool) -> tuple:
+    """The settings one by one; the authors' gain, reset and width as plain numbers, which drop out when compiled."""
     decay, gain, v_th, v_reset, a = constants.unbind()
+    return (decay, 1.0, v_th, 0.0, 1.0) if authors else (decay, gain, v_th, v_reset, a)
+
+
+@functools.partial(torch.compile, dynamic=True)
+def _lif(x: list[Tensor], s: list[Tensor], constants: Tensor, authors: bool):
+    decay, gain, v_th, v_reset, a = unpacked(constants, authors)
     hm = v_reset
     for x_t, s_t in zip(x, s):
         u = v_reset + decay * (hm - v_reset) + gain * x_t.to(constants.dtype)
@@ -129,13 +140,13 @@ def _lif(x: list[Tensor], s: list[Tensor], constants: Tensor):
 
 
 @functools.partial(torch.compile, dynamic=True)
-def _lif_backward(x: list[Tensor], ds: list[Tensor], dx: list[Tensor], constants: Tensor):
-    decay, gain, v_th, v_reset, a = constants.unbind()
+def _lif_backward(x: list[Tensor], ds: list[Tensor], dx: list[Tensor], constants: Tensor, authors: bool):
+    decay, gain, v_th, v_reset, a = unpacked(constants, authors)
     hm, us = v_reset, []
     for x_t in x:
         us.append(v_reset + decay * (hm - v_reset) + gain * x_t.to(constants.dtype))
         hm = torch.where(us[-1] - v_th >= 0, v_reset, us[-1])
-    dhm = torch.zeros_like(constants[0])
+    dhm = None
     for u, ds_t, dx_t in zip(reversed(us), reversed(ds), reversed(dx)):
         du = fire_backward(u, ds_t.to(constants.dtype), dhm, v_th, v_reset, a)
         dx_t.copy_(gain * du)
@@ -143,10 +154,11 @@ def _lif_backward(x: list[Tensor], ds: list[Tensor], dx: list[Tensor], constants
 
 
 def fire_backward(u, ds, dhm, v_th, v_reset, a) -> Tensor:
-    """dU from dS and dHm: eqs. 2, 3 and 5."""
+    """dU from dS and dHm (None after the last step): eqs. 2, 3 and 5."""
     v = u - v_th
-    through_spike = torch.where(v.abs() <= a / 2, (ds + dhm * (v_reset - u)) / a, 0)
-    return through_spike + torch.where(v >= 0, 0, dhm)
+    through = ds if dhm is None else ds + dhm * (v_reset - u)
+    through = torch.where(v.abs() <= a / 2, through * (1 / a), 0)  # a division is slow
+    return through if dhm is None else through + torch.where(v >= 0, 0, dhm)
 
 
 # The same without a compiler, each operator in place or into a tensor that is there already.
@@ -154,6 +166,30 @@ def fire_backward(u, ds, dhm, v_th, v_reset, a) -> Tensor:
 def select(y: Tensor, v: Tensor, low: float, high: float, out: Tensor) -> None:
     """y where low < v < high and 0 elsewhere, in one pass."""
     torch.ops.aten.hardtanh_backward(y, v, low, high, grad_input=out)
+
+
+def reset(hm: Tensor, u: Tensor, v_th: float, v_reset: float) -> None:
+    """hm = u where u < v_th, else v_reset: eq. 3."""
+    select(u, u, -torch.inf, v_th, out=hm)
+    if v_reset:
+        hm += v_reset * (u >= v_th)
+
+
+def fire_backward_in_place(u: Tensor, v: Tensor, ds: Tensor, dhm: Tensor, v_th: float, v_reset: float, a: float,
+                           out: Tensor | None = None) -> Tensor:
+    """`fire_backward` into `out`, by default into u; u, v (room) and dhm are spent."""
+    torch.sub(u, v_th, out=v)
+    through = torch.addcmul(ds, u.sub_(v_reset) if v_reset else u, dhm, value=-1, out=u)
+    edge = beyond(a / 2, v.dtype)
+    select(through, v, -edge, edge, out=through)
+    select(dhm, v, -torch.inf, 0.0, out=dhm)
+    return torch.add(dhm, through, alpha=1 / a, out=through if out is None else out)
+
+
+@functools.cache
+def beyond(edge: float, dtype: torch.dtype) -> float:
+    """The next number after `edge`."""
+    return torch.nextafter(torch.tensor(edge, dtype=dtype), torch.tensor(torch.inf, dtype=dtype)).item()
 
 
 def slices(x: Tensor, buffers: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
@@ -166,45 +202,42 @@ def slices(x: Tensor, buffers: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]
         yield part, memory[:, :part.stop - part.start].unbind()
 
 
-def _charge(u, hm, x_t, decay, gain, v_reset):
-    """u = v_reset + decay (hm - v_reset) + gain x_t with the rounding of `LIF.charge`; hm is spent."""
-    if v_reset:
-        hm -= v_reset
-    torch.mul(hm, decay, out=u)
-    if v_reset:
-        u += v_reset
-    u += x_t if gain == 1 else x_t.to(u.dtype) * gain
-
-
-def _reset(hm, u, v_th, v_reset):
-    """hm = u where u < v_th, else v_reset."""
-    select(u, u, -torch.inf, v_th, out=hm)
-    if v_reset:
-        hm += v_reset * (u >= v_th)
+def _potentials(x: Sequence[Tensor], us: Sequence[Tensor], hm: Tensor, decay, gain, v_th, v_reset) -> Iterator[Tensor]:
+    """U[t] in us[t], step by step, with the rounding of `LIF.charge`; hm is room."""
+    exact = math.frexp(decay)[0] == 0.5  # a power of two: the product is not rounded, and one pass does for two
+    for t, (x_t, u) in enumerate(zip(x, us)):
+        if t == 0:
+            hm.fill_(v_reset)
+        else:
+            reset(hm, us[t - 1], v_th, v_reset)
+        if exact and gain == 1 and not v_reset and x_t.dtype == u.dtype:
+            torch.add(x_t, hm, alpha=decay, out=u)
+        else:
+            if v_reset:
+                hm -= v_reset
+            torch.mul(hm, decay, out=u)
+            if v_reset:
+                u += v_reset
+            u += x_t if gain == 1 else x_t.to(u.dtype) * gain
+        yield u
 
 
 def _lif_sliced(x, s, decay, gain, v_th, v_reset, a):
     for part, (hm, u) in slices(x, 2):
-        hm.fill_(v_reset)
-        for x_t, s_t in zip(x[:, part], s[:, part]):
-            _charge(u, hm, x_t, decay, gain, v_reset)
+        potentials = _potentials(x[:, part].unbind(), [u] * len(x), hm, decay, gain, v_th, v_reset)
+        for u, s_t in zip(potentials, s[:, part].unbind()):
             torch.ge(u, v_th, out=s_t)
-            _reset(hm, u, v_th, v_reset)
 
 
 def _lif_sliced_backward(x, ds, dx, decay, gain, v_th, v_reset, a):
-    edge = torch.nextafter(torch.tensor(a / 2, dtype=membrane_type(x)), torch.tensor(torch.inf)).item()
     for part, (hm, v, *us) in slices(x, 2 + len(x)):
-        hm.fill_(v_reset)
-        for x_t, u in zip(x[:, part], us):
-            _charge(u, hm, x_t, decay, gain, v_reset)
-            _reset(hm, u, v_th, v_reset)
+        for _ in _potentials(x[:, part].unbind(), us, hm, decay, gain, v_th, v_reset):
+            pass
         dhm = hm.zero_()
         for u, ds_t, dx_t in zip(reversed(us), reversed(ds[:, part].unbind()), reversed(dx[:, part].unbind())):
-            torch.sub(u, v_th, out=v)
-            through = torch.addcmul(ds_t, u.sub_(v_reset) if v_reset else u, dhm, value=-1, out=u)
-            select(through, v, -edge, edge, out=through)
-            select(dhm, v, -torch.inf, 0.0, out=dhm)
-            du = torch.add(dhm, through, alpha=1 / a, out=through)
-            torch.mul(du, gain, out=dx_t)
+            if gain == 1 and dx.dtype == v.dtype:
+                du = fire_backward_in_place(u, v, ds_t, dhm, v_th, v_reset, a, out=dx_t)
+            else:
+                du = fire_backward_in_place(u, v, ds_t, dhm, v_th, v_reset, a)
+                torch.mul(du, gain, out=dx_t)
             torch.mul(du, decay, out=dhm)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .fused import compiles, constants, fire_backward, is_channels_last, membrane_type
+from .fused import compiles, constants, fire_backward, fire_backward_in_place, is_channels_last, membrane_type, reset
 
 
 def aggregated(x: Tensor, key: Tensor, bias: Tensor, added: Callable, mixing: Callable, parameters: Sequence[Tensor],
@@ -42,7 +42,6 @@ class _Aggregated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, key, bias, added, mixing, numbers, last, *parameters):
         dtype, space, compiled = membrane_type(x), (1, 2) if last else (2, 3), compiles(x)
-        settings = constants(numbers, dtype, x.device)
         positions = by_position(x, last).to(dtype)                                  # (N, HW, C), N = T B
         k = (positions @ key).softmax(-1)                                           # (N, HW), eq. 7
         weights = torch.stack([k, torch.full_like(k, 1 / k.shape[1])], 1)           # (N, 2, HW)
@@ -51,7 +50,7 @@ class _Aggregated(torch.autograd.Function):
         hm, s = torch.full_like(x[0], numbers[1], dtype=dtype), torch.empty_like(x)
         for t in range(len(x)):
             tapes.append(Tape(functools.partial(mixing, t), hm.mean(space), mean[t], first.out[0][t]))
-            _step(compiled, hm, x[t], *wide(tapes[-1].out, last), settings, s[t])
+            _step(compiled, hm, x[t], *wide(tapes[-1].out, last), s[t], numbers)
         ctx.save_for_backward(x, key, weights)
         ctx.parameters = parameters  # themselves: a tape knows them by identity
         ctx.numbers, ctx.last, ctx.first, ctx.tapes = numbers, last, first, tapes
@@ -62,19 +61,18 @@ class _Aggregated(torch.autograd.Function):
     def backward(ctx, ds):
         x, key, weights = ctx.saved_tensors
         last, parameters, compiled = ctx.last, ctx.parameters, compiles(x)
-        settings = constants(ctx.numbers, weights.dtype, x.device)
         mixed = [wide(tape.out, last) for tape in ctx.tapes]
         hm = torch.empty_like(x, dtype=weights.dtype)  # Hm[t-1] at t
         hm[0] = ctx.numbers[1]
         for t in range(len(x) - 1):
-            _membrane(compiled, hm[t], x[t], *mixed[t], settings, hm[t + 1])
+            _membrane(compiled, hm[t], x[t], *mixed[t], hm[t + 1], ctx.numbers)
         ds, dx, dparameters = ds.contiguous(), torch.empty_like(x), [None] * len(parameters)
         dhm, dmean_hm = torch.zeros_like(hm[0]), torch.zeros_like(ctx.tapes[0].out[0])
         dmean: list[Tensor] = []
         dadded: list[Tensor] = []
         for t in reversed(range(len(x))):
-            dpqw = _step_backward(compiled, ds[t], dhm, *wide([dmean_hm], last), hm[t], x[t], *mixed[t], settings,
-                                  dx[t], last)
+            dpqw = _step_backward(compiled, dhm, ds[t], *wide([dmean_hm], last), hm[t], x[t], *mixed[t], dx[t], last,
+                                  ctx.numbers)
             (dmean_hm, dm, da), dparameters = ctx.tapes[t].backward(dpqw, parameters, dparameters)
             dmean.insert(0, dm)
             dadded.insert(0, da)
@@ -131,14 +129,49 @@ def context_backward(x: Tensor, key: Tensor, weights: Tensor, grad: Tensor, dx: 
     return (dlogits @ y).sum((0, 1))
 
 
-def one_pass(function: Callable) -> Callable:
-    """Call it as function(compiled, ...): compiled in one pass over memory, or as it stands."""
-    fast = torch.compile(function, dynamic=True)
-    return lambda compiled, *args: (fast if compiled else function)(*args)
+def one_pass(in_place: Callable) -> Callable:
+    """A function of tensors and the neuron's numbers (v_th, v_reset, a), called as function(compiled, ...): compiled in
+    one pass over memory, or by its counterpart, `in_place`."""
+    def decorated(function: Callable) -> Callable:
+        fast = torch.compile(function, dynamic=True)
+
+        def either(compiled: bool, hm: Tensor, *args):
+            *tensors, numbers = args
+            if compiled:
+                return fast(hm, *tensors, constants(numbers, hm.dtype, hm.device))
+            return in_place(hm, *tensors, *numbers)
+        return either
+    return decorated
 
 
-@one_pass
-def _step(hm, x, p, q, w, settings, s):
+def potential(hm: Tensor, x: Tensor, p: Tensor, q: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.addcmul(w, p, hm, out=out).addcmul_(q, x.to(hm.dtype))
+
+
+def _step_in_place(hm, x, p, q, w, s, v_th, v_reset, a):
+    u = potential(hm, x, p, q, w)
+    torch.ge(u, v_th, out=s)
+    reset(hm, u, v_th, v_reset)
+
+
+def _membrane_in_place(hm, x, p, q, w, out, v_th, v_reset, a):
+    u = potential(hm, x, p, q, w)
+    reset(out, u, v_th, v_reset)
+
+
+def _step_backward_in_place(dhm, ds, dmean, hm, x, p, q, w, dx, last, v_th, v_reset, a):
+    space = (1, 2) if last else (2, 3)
+    dhm += dmean / (x.shape[space[0]] * x.shape[space[1]])
+    u, room = potential(hm, x, p, q, w), torch.empty_like(hm)
+    du = fire_backward_in_place(u, room, ds.to(u.dtype), dhm, v_th, v_reset, a)
+    sums = [torch.mul(du, factor, out=room).sum(space) for factor in (hm, x)] + [du.sum(space)]
+    torch.mul(du, q, out=dx)
+    torch.mul(du, p, out=dhm)
+    return sums
+
+
+@one_pass(_step_in_place)
+def _step(hm, x, p, q, w, s, settings):
     """S[t] into s; Hm[t] takes the place of Hm[t-1]."""
     v_th, v_reset, a = settings.unbind()
     u = p * hm + q * x + w
@@ -147,16 +180,16 @@ def _step(hm, x, p, q, w, settings, s):
     hm.copy_(torch.where(fired, v_reset, u))
 
 
-@one_pass
-def _membrane(hm, x, p, q, w, settings, out):
+@one_pass(_membrane_in_place)
+def _membrane(hm, x, p, q, w, out, settings):
     """Hm[t] into out."""
     v_th, v_reset, a = settings.unbind()
     u = p * hm + q * x + w
     out.copy_(torch.where(u - v_th >= 0, v_reset, u))
 
 
-@one_pass
-def _step_backward(ds, dhm, dmean, hm, x, p, q, w, settings, dx, last: bool):
+@one_pass(_step_backward_in_place)
+def _step_backward(dhm, ds, dmean, hm, x, p, q, w, dx, last: bool, settings):
     """dp, dq, dw (B, C); dX[t] into dx; dHm[t-1], but for what comes by its mean, takes the place of dHm[t]."""
     v_th, v_reset, a = settings.unbind()
     height, width = (1, 2) if last else (2, 3)

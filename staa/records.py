@@ -98,14 +98,16 @@ def vouched() -> list[Record]:
     return [Record.load(path) for path in sorted(folder("records").glob("*.json"))]
 
 
-def provenance(device, seconds: list[float], code: str, processes: int) -> dict:
-    """Where and how a run was made: what may differ between two runs of the same config."""
+def provenance(device, seconds: list[list[float]], code: str, processes: int) -> dict:
+    """Where and how a run was made: what may differ between two runs of the same config. seconds: of each epoch, by the
+    clock and of the processor's work for this process; the second is what another program beside it does not change."""
     import torch
     import torchvision
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    return {"seconds": round(sum(seconds), 3), "seconds_per_epoch": seconds, "device": name, "processes": processes,
-            "commit": code,
+    clock, work = map(list, zip(*seconds))
+    return {"seconds": round(sum(clock), 3), "seconds_per_epoch": clock, "processor_seconds_per_epoch": work,
+            "device": name, "processes": processes, "commit": code,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "software": {"python": platform.python_version(), "torch": torch.__version__,
                          "torchvision": torchvision.__version__}}

@@ -197,7 +197,8 @@ def test_compiled_in_one_graph():
     x = [torch.randn(64) for _ in range(4)]
     out = [torch.empty(64) for _ in range(4)]
     numbers = fused.constants((0.25, 1.0, 1.0, 0.0, 1.0), torch.float32, x[0].device)
-    plain = {"forward": (fused._lif, (x, out, numbers)), "backward": (fused._lif_backward, (x, x, out, numbers))}
+    plain = {f"{way}, {authors}": (function, (*tensors, numbers, authors)) for authors in (True, False)
+             for way, function, tensors in (("forward", fused._lif, (x, out)), ("backward", fused._lif_backward, (x, x, out)))}
     for name, (function, arguments) in plain.items():
         torch._dynamo.reset()
         metrics.reset()

@@ -140,3 +140,12 @@ def test_the_tree_of_images_is_the_digits():
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
     assert samples.digit_images("few") == root and before == {p: p.stat().st_mtime_ns for p in root.rglob("*")}
     assert [p.name for p in root.parent.iterdir()] == ["few"], "nothing half-made is left"
+
+
+def test_seconds_are_the_processors_on_a_cpu_and_the_clocks_elsewhere():
+    def timed(device, **work):
+        return Record({}, {}, {"seconds_per_epoch": [9.0, 1.0, 2.0], "device": device} | work)
+
+    work = {"processor_seconds_per_epoch": [4.0, 6.0, 5.0]}
+    assert studies.seconds([timed("x86_64 CPU", **work)]) == 5.0
+    assert studies.seconds([timed("x86_64 CPU")]) == studies.seconds([timed("NVIDIA H100", **work)]) == 2.0

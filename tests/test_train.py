@@ -133,7 +133,7 @@ def test_a_killed_run_goes_on_to_the_same_outcome(root, undisturbed, fault, left
     code, lines, record = apart(root)
     assert code == 0 and epochs_of(lines) == left
     assert (record.config, record.outcome) == (undisturbed[0].config, undisturbed[0].outcome)
-    assert len(record.provenance["seconds_per_epoch"]) == 3
+    assert len(record.provenance["seconds_per_epoch"]) == len(record.provenance["processor_seconds_per_epoch"]) == 3
     assert same_weights(place(root) / "weights.safetensors", undisturbed[1])
 
 
@@ -232,7 +232,7 @@ def test_any_flipped_bit_is_refused_or_changes_nothing(tmp_path):
     network(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     truth = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "epochs": [{"a": 0.5}],
-             "seconds": [1]}
+             "seconds": [[1, 2]]}
     file = tmp_path / "checkpoint.pt"
     train.save(file, truth)
     content, rng, harmless = file.read_bytes(), np.random.default_rng(0), 0
