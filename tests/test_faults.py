@@ -20,7 +20,6 @@ from types import SimpleNamespace
 import faults
 import numpy as np
 import pytest
-import test_data
 import test_events
 import torch
 from faults import SMALL, apart, at_write, epochs_of, kill, kill_at_write, one_after_the_other
@@ -109,6 +108,8 @@ def cifar10dvs(root):
 
 def cifar10(root):
     """CIFAR-10's archive with 20 images for training and 10 for testing."""
+    import test_data  # here, since it imports scikit-learn, which takes seconds in a process that does no more than unpack
+
     cls, folder = data.CIFAR10, root / "data" / data.CIFAR10.base_folder
     _, sums = test_data.cifar_files(root / "data", "cifar10")
     with tarfile.open(root / "data" / cls.filename, "w:gz") as archive:
@@ -218,8 +219,9 @@ def test_a_damaged_file_of_cifar_is_refused_or_unpacked_again(tmp_path, monkeypa
     content = path.read_bytes()
     path.write_bytes(next(flips(content, 1)) if damage == "flipped" else content[:-1])
     damaged = path.read_bytes()
-    assert contents("cifar10") == expected and path.read_bytes() == content
-    path.write_bytes(damaged)
+    if file != "batches.meta":  # torchvision does not unpack for the sake of the classes' names
+        assert contents("cifar10") == expected and path.read_bytes() == content
+        path.write_bytes(damaged)
     (tmp_path / "data" / data.CIFAR10.filename).unlink()
     with pytest.raises(DataError) as caught:
         contents("cifar10")
@@ -428,7 +430,7 @@ def test_a_damaged_recording_is_refused_or_its_fingerprint_tells(tmp_path, name,
     assert len(told) == len({content, *damaged}), "one bit is another fingerprint"
 
 
-@pytest.mark.parametrize("ending, floor", [("png", 0.95), ("jpeg", 0.05), ("bmp", 0.05), ("webp", 0.2)])
+@pytest.mark.parametrize("ending, floor", [("png", 0.95), ("jpeg", 0.05), ("bmp", 0.05), ("webp", 0.1)])
 def test_a_damaged_image_is_refused_or_its_fingerprint_tells(tmp_path, monkeypatch, ending, floor):
     folder = tmp_path / "data" / "pets"
     for path in (folder / "train" / "a" / f"0.{ending}", folder / "val" / "a" / f"0.{ending}"):
@@ -478,6 +480,7 @@ def test_a_killed_process_that_loads_data_ends_the_run_in_one_sentence(root, mon
 
     with monkeypatch.context() as patched, pytest.raises(TrainingError, match="that loads data .* was killed") as caught:
         patched.setattr(data._Images, "__getitem__", fatal)
+        patched.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds until a killed one is missed
         with_workers()
     assert one_sentence(caught, "start the run again")
     assert train.run(SMALL.but(epochs=1), device="cpu", workers=0, log=lambda line: None).outcome == truth.outcome
@@ -524,10 +527,7 @@ def pretrained():
 
 def the_page():
     """`make all` of one notebook that stands for all, executed by a program that copies it."""
-    notebook = records.folder("data") / "x.ipynb"
-    notebook.parent.mkdir(exist_ok=True)
-    notebook.write_text(json.dumps({"cells": [{"source": ["# A title\n"], "metadata": {}}], "x": "x" * 5000}))
-    page.NOTEBOOKS, page.subprocess = notebook.parent, SimpleNamespace(run=copies)
+    page.NOTEBOOKS, page.subprocess = records.folder("data"), SimpleNamespace(run=copies)
     return page.main()
 
 
@@ -543,10 +543,16 @@ WORKS = {"vouch": vouch, "ship": ship, "pretrained": pretrained, "page": the_pag
 FOLDERS = ("records", "networks", "figures", "runs")
 
 
+def with_a_run_and_a_notebook(root, undisturbed):
+    shutil.copytree(undisturbed[0] / "runs", root / "runs")
+    (root / "data").mkdir()
+    (root / "data" / "x.ipynb").write_text(json.dumps({"cells": [{"source": ["# A title\n"], "metadata": {}}], "x": "x" * 5000}))
+
+
 @pytest.fixture
 def finished(undisturbed, tmp_path, monkeypatch):
     """A place with a finished run, and this process's folders there, too."""
-    shutil.copytree(undisturbed[0] / "runs", tmp_path / "runs")
+    with_a_run_and_a_notebook(tmp_path, undisturbed)
     for kind in FOLDERS:
         monkeypatch.setenv(f"STAA_{kind.upper()}", str(tmp_path / kind))
     return tmp_path
@@ -564,7 +570,7 @@ def truth(undisturbed, tmp_path_factory):
     found = {}
     for name, work in WORKS.items():
         root = tmp_path_factory.mktemp(name)
-        shutil.copytree(undisturbed[0] / "runs", root / "runs")
+        with_a_run_and_a_notebook(root, undisturbed)
         code, _, said = apart(root, work=work)
         assert code == 0 and not isinstance(said, Exception), said
         found[name] = written(root)
