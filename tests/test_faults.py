@@ -603,21 +603,21 @@ def test_a_writer_on_a_full_disk_ends_in_one_sentence_and_touches_nothing(finish
 
 
 def test_two_at_once_execute_a_notebook_without_harm(finished, truth, monkeypatch):
-    """While one is at it, another one does the same from beginning to end."""
+    """When one has executed it and not yet put it in its place, another one begins, and is killed half-way."""
     for name in ("subprocess", "NOTEBOOKS"):
         monkeypatch.setattr(page, name, getattr(page, name))  # so that they come back
-    the_page()
-    shutil.rmtree(finished / "figures")
-    output = records.folder("runs") / "x.ipynb"
-    output.unlink()
 
-    def other_first(command, **_):
+    def half(command, **_):
         Path(command[-1]).write_text("half")
-        the_page()
-        assert output.read_bytes() == truth["page"]["runs/x.ipynb"]
-        return copies(command)
+        raise KeyboardInterrupt
 
-    page.subprocess = SimpleNamespace(run=other_first)
+    def other_begins(command, **_):
+        done, page.subprocess = copies(command), SimpleNamespace(run=half)
+        with pytest.raises(KeyboardInterrupt):
+            page.execute(page.items()[0])
+        return done
+
+    page.NOTEBOOKS, page.subprocess = records.folder("data"), SimpleNamespace(run=other_begins)
     assert page.main() == 0 and written(finished) == truth["page"]
 
 
