@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -52,6 +52,15 @@ def compiler(device: str) -> bool:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(f"torch.compile does not work here ({reason}): the neurons run without it, more slowly.")
         return False
+
+
+def lazy_compile(function: Callable, **options) -> Callable:
+    """`function`, compiled at its first call: `torch.compile` takes seconds to import. options: Inductor's."""
+    @functools.cache
+    def fast() -> Callable:
+        return torch.compile(function, dynamic=True, options=options)
+
+    return functools.wraps(function)(lambda *args: fast()(*args))
 
 
 def membrane_type(x: Tensor) -> torch.dtype:
@@ -128,7 +137,7 @@ def unpacked(constants: Tensor, authors: bool) -> tuple:
     return (decay, 1.0, v_th, 0.0, 1.0) if authors else (decay, gain, v_th, v_reset, a)
 
 
-@functools.partial(torch.compile, dynamic=True)
+@lazy_compile
 def _lif(x: list[Tensor], s: list[Tensor], constants: Tensor, authors: bool):
     decay, gain, v_th, v_reset, a = unpacked(constants, authors)
     hm = v_reset
@@ -139,7 +148,7 @@ def _lif(x: list[Tensor], s: list[Tensor], constants: Tensor, authors: bool):
         s_t.copy_(fired)
 
 
-@functools.partial(torch.compile, dynamic=True)
+@lazy_compile
 def _lif_backward(x: list[Tensor], ds: list[Tensor], dx: list[Tensor], constants: Tensor, authors: bool):
     decay, gain, v_th, v_reset, a = unpacked(constants, authors)
     hm, us = v_reset, []

@@ -202,7 +202,7 @@ def test_compiled_in_one_graph():
     for name, (function, arguments) in plain.items():
         torch._dynamo.reset()
         metrics.reset()
-        explained = torch._dynamo.explain(function._torchdynamo_orig_callable)(*arguments)
+        explained = torch._dynamo.explain(function.__wrapped__)(*arguments)
         assert explained.graph_break_count == 0, name
         function(*arguments)
         assert metrics.generated_kernel_count == 1, name
