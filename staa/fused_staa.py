@@ -173,7 +173,7 @@ def _step_backward_in_place(dhm, ds, dmean, hm, x, p, q, w, dx, last, v_th, v_re
     space = (1, 2) if last else (2, 3)
     dhm += dmean
     u, room = potential(hm, x, p, q, w), torch.empty_like(hm)
-    du = fire_backward_in_place(u, room, ds.to(u.dtype), dhm, v_th, v_reset, a)
+    fire_backward_in_place(u, ds.to(u.dtype), dhm, 1.0, v_th, v_reset, a, (room, dhm), du := torch.empty_like(hm))
     sums = [torch.mul(du, factor, out=room).sum(space) for factor in (hm, x)] + [du.sum(space)]
     torch.mul(du, q, out=dx)
     torch.mul(du, p, out=dhm)
