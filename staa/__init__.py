@@ -2,7 +2,6 @@
 
 import warnings
 
-from . import memory
 from .attention import STAALIF, GlobalContext, PositionEncoding, StepAttention
 from .config import Config
 from .fsta import FSTALIF
@@ -19,4 +18,4 @@ warnings.filterwarnings("ignore", message="'staa.train' found in sys.modules", c
 __version__ = "0.1.0"
 __all__ = ["LIF", "STAALIF", "FSTALIF", "STAttenLIF", "PositionEncoding", "GlobalContext", "StepAttention", "rectangle",
            "build", "neurons", "firing_rates", "NETWORKS", "NEURONS", "Config", "Record", "run",
-           "load", "save_pretrained", "from_pretrained", "memory"]
+           "load", "save_pretrained", "from_pretrained"]

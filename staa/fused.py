@@ -16,6 +16,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -200,7 +201,7 @@ def fire_backward_in_place(u: Tensor, ds: Tensor, d: Tensor, decay: float, v_th:
 @functools.cache
 def rectangle_edges(v_th: float, a: float, dtype: torch.dtype) -> tuple[float, float]:
     """The numbers just outside eq. 5's rectangle: abs(u - v_th) <= a / 2, rounded as ever, where low < u < high."""
-    kind = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
+    kind: Any = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
 
     def edge(sign: int) -> float:
         inside, outside = kind(v_th), kind(v_th + sign * (2 * a + abs(v_th)))
