@@ -45,5 +45,4 @@ def undamaged(what: str, path: Path, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise records.RecordError(f"the {what} {path} is damaged ({reason}); {advice}.") from None
+        raise records.RecordError(f"the {what} {path} is damaged ({records.reason(error)}); {advice}.") from None

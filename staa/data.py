@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
-from . import events, frames
+from . import events, frames, records
 from .frames import Cutout
 from .records import DataError, Labelled, folder
 from .simulator import Simulated
@@ -145,7 +145,7 @@ def load_for(config, train: bool, root: Path | None = None) -> Labelled:
     found, about = load(config.dataset, train, root), describe(config.dataset)
     if not about.sensor:
         return found
-    return frames.Frames(found, fingerprint(found), T=config.T, by=config.frames, sensor=about.sensor,
+    return frames.Frames(found, fingerprint(found, contents=False), T=config.T, by=config.frames, sensor=about.sensor,
                          size=config.image_size)
 
 
@@ -154,21 +154,22 @@ def _cifar(cls, root: Path, train: bool) -> Labelled:
         try:
             return cls(root, train, download=False)
         except RuntimeError:  # not there, or its MD5 is wrong
-            root.mkdir(parents=True, exist_ok=True)
-            return cls(root, train, download=True)
-    except (OSError, RuntimeError, EOFError) as error:
+            with records.alone(root / cls.base_folder):
+                return cls(root, train, download=True)
+    except Exception as error:  # the network's, the archive's, a file's or the disk's
         raise DataError(
             f"{cls.__name__} was looked for in {root / cls.base_folder}, is missing or damaged there and could not be "
-            f"downloaded ({error}); place the official {cls.filename} (MD5 {cls.tgz_md5}) in {root}, unpacked, or set "
-            "STAA_DATA to the folder that holds it.") from None
+            f"downloaded ({records.reason(error)}); place the official {cls.filename} (MD5 {cls.tgz_md5}) in {root}, "
+            "unpacked, or set STAA_DATA to the folder that holds it.") from None
 
 
 class _Images(ImageFolder):
     def __getitem__(self, i: int):
         try:
             return super().__getitem__(i)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"the image {self.samples[i][0]} cannot be read ({error}); replace or remove it.") from None
+        except Exception as error:  # each format fails in its own ways
+            raise DataError(f"the image {self.samples[i][0]} cannot be read ({records.reason(error)}); replace or "
+                            "remove it.") from None
 
 
 def _image_folder(root: Path, train: bool) -> Labelled:
@@ -202,9 +203,10 @@ def subset(targets: list[int], count: int) -> np.ndarray:
     return np.sort(np.concatenate(by_class)[np.argsort(share, kind="stable")[:count]])
 
 
-def fingerprint(dataset: Any) -> str:
-    """Twelve hex digits of SHA-256: of pixels and labels, or of a folder's file names and sizes. Frames have that of
-    their events, and simulated events that of their images and of how they are simulated."""
+def fingerprint(dataset: Any, contents: bool = True) -> str:
+    """Twelve hex digits of SHA-256: of pixels and labels, or of a folder's file names and contents, so that a record
+    tells of one changed bit; without `contents`, of names and sizes, which takes no time. Frames have that of their
+    events, and simulated events that of their images and of how they are simulated."""
     dataset = getattr(dataset, "recordings", dataset)
     digest = hashlib.sha256(getattr(dataset, "recipe", "").encode())
     if hasattr(dataset, "data"):
@@ -212,7 +214,13 @@ def fingerprint(dataset: Any) -> str:
         digest.update(np.asarray(dataset.targets, dtype=np.int64).tobytes())
     else:
         for path, label in dataset.samples:
-            digest.update(f"{Path(path).relative_to(dataset.root)} {os.path.getsize(path)} {label}\n".encode())
+            try:
+                digest.update(f"{Path(path).relative_to(dataset.root)} {os.path.getsize(path)} {label}\n".encode())
+                if contents:
+                    with open(path, "rb") as file:
+                        digest.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise DataError(f"{path} cannot be read ({error.strerror}); replace it.") from None
     return digest.hexdigest()[:12]
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -34,7 +35,16 @@ def _read_nmnist(path: Path) -> np.ndarray:
 def _read_cifar10dvs(path: Path) -> np.ndarray:
     from tonic.io import read_aedat4
 
-    events = read_aedat4(str(path))
+    with open(path, "rb") as file:
+        header = file.read(18)  # the format's name, and how long the header is
+        header = file.read(int.from_bytes(header[14:], "little"))
+    ElementTree.fromstring(header[header.index(b"<dv"):header.rindex(b">") + 1])  # of bad text the decoder would abort
+    try:
+        events = read_aedat4(str(path))
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # the decoder's, which is no Exception
+            raise
+        raise ValueError(error) from None
     events.dtype.names = ["t", "x", "y", "p"]
     return events
 
@@ -91,7 +101,7 @@ class Recordings(Dataset):
         folder = root / self.source.folders[not train]
         files = self._files(folder)
         if not files:
-            _download(self.source, train, root)
+            _download(self.source, train, root, lambda: bool(self._files(folder)))
             files = self._files(folder)
         found = [self.source.label(path) for path in files]
         count = Counter(found)
@@ -122,10 +132,12 @@ class Recordings(Dataset):
     def __getitem__(self, i: int):
         path, label = self.samples[i]
         try:
-            events = self.source.read(path)
+            return checked(self.source.read(path), self.source.sensor, f"the recording {path}"), label
+        except DataError:
+            raise
         except Exception as error:  # each reader fails in its own ways
-            raise DataError(f"the recording {path} is truncated or damaged ({error}); replace or remove it.") from None
-        return checked(events, self.source.sensor, f"the recording {path}"), label
+            raise DataError(f"the recording {path} is truncated or damaged ({records.reason(error)}); replace or "
+                            "remove it.") from None
 
 
 def cifar10dvs_test() -> set[int]:
@@ -135,7 +147,9 @@ def cifar10dvs_test() -> set[int]:
     return {1000 * CIFAR.index(label) + int(number) for label, number in pairs}
 
 
-def _download(source: Source, train: bool, root: Path):
+def _download(source: Source, train: bool, root: Path, there: Callable[[], bool]):
+    """Let tonic download or unpack into a folder of its own, and move what it unpacked into place: a recording is there
+    whole or not at all. Another process that is at it is waited for, and nothing is done where it leaves them there."""
     import tonic.datasets
 
     cls = getattr(tonic.datasets, source.tonic)
@@ -144,11 +158,21 @@ def _download(source: Source, train: bool, root: Path):
                          for name in ("filename", "file_md5", "url"))
     place = root / source.tonic
     try:
-        cls(str(root), **({} if source.tonic == "CIFAR10DVS" else {"train": train}))
+        with records.building(place) as building:
+            if there():
+                return
+            place.mkdir(exist_ok=True)
+            own = building / source.tonic
+            own.mkdir()
+            (own / archive).symlink_to(place.resolve() / archive)  # where it lies, or is downloaded to
+            cls(str(building), **({} if source.tonic == "CIFAR10DVS" else {"train": train}))
+            folder = root / source.folders[not train]
+            for name in source.labels if folder == place else [folder.name]:
+                (own / name).rename(place / name)
     except Exception as error:  # the network's, the archive's or the disk's
         raise DataError(f"{source.tonic} was looked for in {place}, is missing or damaged there and could not be "
-                        f"downloaded from {url} ({error}); place the official {archive} (MD5 {md5}) in {place}, or set "
-                        "STAA_DATA to the folder above it.") from None
+                        f"downloaded from {url} ({records.reason(error)}); place the official {archive} (MD5 {md5}) in "
+                        f"{place}, or set STAA_DATA to the folder above it.") from None
 
 
 def checked(events: np.ndarray, sensor: int, what: str) -> np.ndarray:
@@ -156,7 +180,7 @@ def checked(events: np.ndarray, sensor: int, what: str) -> np.ndarray:
     if not len(events):
         raise DataError(f"{what} holds no event; replace or remove it.")
     for axis in "xy":
-        if events[axis].min() < 0 or events[axis].max() >= sensor:
+        if not (events[axis].min() >= 0 and events[axis].max() < sensor):  # so that what is no number fails, too
             raise DataError(f"{what} has events outside its sensor of {sensor} x {sensor} pixels; replace or remove it"
                             ".")
     if (events["t"][1:] < events["t"][:-1]).any():

@@ -63,6 +63,9 @@ class Frames(Dataset):
             frames = self._unpack(path.read_bytes())
         except FileNotFoundError:
             frames = None
+        except OSError as error:
+            raise records.RecordError(f"the cached frames {path} cannot be read ({error.strerror}); remove them, or "
+                                      "set STAA_RUNS to another folder.") from None
         except (ValueError, zlib.error) as error:
             warnings.warn(f"the cached frames {path} are damaged or of another version ({error}) and are made again.")
             frames = None

@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,14 +98,17 @@ def listing() -> str:
 
 def execute(item: Item) -> str:
     """Execute a notebook into runs/, whole or not at all; its error, or nothing."""
-    unfinished = item.output.with_name(f".{item.name}.ipynb")
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "papermill", "--cwd", str(NOTEBOOKS), "--no-progress-bar",
-               str(NOTEBOOKS / f"{item.name}.ipynb"), str(unfinished)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return f"{item.name} failed: {done.stderr.strip().splitlines()[-1]}"
-    os.replace(unfinished, item.output)
+    with tempfile.TemporaryDirectory() as folder:
+        executed = Path(folder) / item.output.name
+        command = [sys.executable, "-m", "papermill", "--cwd", str(NOTEBOOKS), "--no-progress-bar",
+                   str(NOTEBOOKS / f"{item.name}.ipynb"), str(executed)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return f"{item.name} failed: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}"
+        try:
+            records.write(item.output, executed.read_bytes())
+        except records.RecordError as error:
+            return f"{item.name} failed: {error}"
     print(f"{item.name}: executed")
     return ""
 
@@ -150,9 +154,12 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["list"]:
-        print(listing())
-    elif sys.argv[1:] == ["train"]:
-        train(items())
-    else:
-        sys.exit(main())
+    try:
+        if sys.argv[1:] == ["list"]:
+            print(listing())
+        elif sys.argv[1:] == ["train"]:
+            train(items())
+        else:
+            sys.exit(main())
+    except RuntimeError as error:  # a failed run, a damaged record, or figures/ that cannot be written
+        sys.exit(f"staa: {error}")

@@ -9,12 +9,17 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,6 +41,11 @@ class Labelled(Protocol):
 
 class DataError(RuntimeError):
     """A dataset that is missing or damaged; the message is one sentence: what, where, how to get it."""
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def folder(kind: str) -> Path:
@@ -144,3 +154,25 @@ def write(path: Path, content: bytes) -> None:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
         raise RecordError(f"{path} could not be written ({error.strerror}); what was there is untouched.") from None
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold the place `path`, made or not: one process at a time; a killed one holds nothing. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        yield
+
+
+@contextmanager
+def building(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, to make in it what is then moved into place, by one process at a time. Nothing of
+    it stays, and what a killed process left is removed. Raises OSError."""
+    place = path.with_name(f".{path.name}")
+    with alone(path):
+        shutil.rmtree(place, ignore_errors=True)
+        try:
+            place.mkdir()
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)

@@ -1,9 +1,6 @@
 """Samples that come with scikit-learn: a small tree of image files, to go the way of ImageNet without ImageNet, and
 photographs, to show a trained network."""
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from PIL import Image
@@ -20,22 +17,20 @@ def digit_images(name: str = "digits64", size: int = 64, train: int = 40, val: i
     root = records.folder("data")
     if (root / name).is_dir():
         return root / name
-    root.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=root, prefix=f".{name}."))
     try:
-        for split, count in (("train", train), ("val", val)):
-            digits = data.Digits(split == "train")
-            for label in digits.classes:
-                folder = building / split / label
-                folder.mkdir(parents=True)
-                for i in [i for i, target in enumerate(digits.targets) if str(target) == label][:count]:
-                    digits[i][0].convert("RGB").resize((size, size)).save(folder / f"{i:04}.png")
-        building.chmod(0o755)
-        os.rename(building, root / name)
+        with records.building(root / name) as building:
+            if (root / name).is_dir():  # another process was faster
+                return root / name
+            for split, count in (("train", train), ("val", val)):
+                digits = data.Digits(split == "train")
+                for label in digits.classes:
+                    folder = building / split / label
+                    folder.mkdir(parents=True)
+                    for i in [i for i, target in enumerate(digits.targets) if str(target) == label][:count]:
+                        digits[i][0].convert("RGB").resize((size, size)).save(folder / f"{i:04}.png")
+            building.rename(root / name)
     except OSError as error:
-        shutil.rmtree(building, ignore_errors=True)
-        if not (root / name).is_dir():  # else another process was faster
-            raise data.DataError(f"{root / name} could not be written ({error.strerror}).") from None
+        raise data.DataError(f"{root / name} could not be written ({error.strerror or error}).") from None
     return root / name
 
 

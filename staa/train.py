@@ -59,6 +59,7 @@ def run(config: Config, *, device: str | torch.device | None = None, data_root: 
     with ExitStack() as held:
         peers.first(lambda: held.enter_context(lock))
         done = peers.first(lambda: records.find(config))
+        held.enter_context(one_sentence(config))
         return done or _train(config, place, where, data_root, workers, log, peers)
 
 
@@ -80,6 +81,21 @@ def locked(place: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def one_sentence(config: Config) -> Iterator[None]:
+    """What a process that loads data ended in, without the traceback that torch adds to it."""
+    try:
+        yield
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines() or [""]
+        if lines[0].startswith("DataLoader worker"):
+            raise TrainingError(f"a process that loads data for {config} was killed, perhaps because memory was short; "
+                                "start the run again, and it goes on after its last whole epoch.") from None
+        if len(lines) > 1 and isinstance(error, (data.DataError, records.RecordError)):
+            raise type(error)(lines[-1].partition(": ")[2]) from None
+        raise
 
 
 @contextmanager
@@ -128,9 +144,10 @@ def _train(config: Config, place: Path, device, data_root, workers, log, peers: 
             loss, accuracy = train_epoch(network, optimizer, loader, config, epoch, device, peers)
             loader = load(tests, "none", shuffle=False)
             test_loss, test_accuracy, rates = evaluate(network, loader, config, device, peers)
-            if not math.isfinite(test_loss):
-                raise TrainingError(f"the test loss of {config} is no longer finite in epoch {epoch + 1}; "
-                                    f"{advice(config, epoch)}.")
+            lost = [f"the tensor {name}" for name, t in network.state_dict().items() if not t.isfinite().all()]
+            if lost or not math.isfinite(test_loss):  # a spike hides that its potential is no number
+                raise TrainingError(f"{[*lost, 'the test loss'][0]} of {config} is no longer finite in epoch "
+                                    f"{epoch + 1}; {advice(config, epoch)}.")
             epochs.append({"train_loss": loss, "train_accuracy": accuracy, "test_loss": test_loss,
                            "test_accuracy": test_accuracy})
             seconds.append([round(time.perf_counter() - start, 3), round(time.process_time() - work, 3)])

@@ -215,5 +215,5 @@ def downloaded(repository: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=[MODEL, CONFIG]))
     except Exception as error:  # the hub's own errors, and those of the libraries under it
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RecordError(f"{repository} is no folder, and the hub gave no such repository ({reason}).") from None
+        raise RecordError(f"{repository} is no folder, and the hub gave no such repository ({records.reason(error)})."
+                          ) from None

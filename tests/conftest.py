@@ -1,4 +1,6 @@
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,14 @@ def root(tmp_path, monkeypatch):
     monkeypatch.setenv("STAA_RECORDS", str(tmp_path / "records"))
     faults.images(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def commons():
+    """A folder that any user may enter, as pytest's own is not."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755)
+    shutil.rmtree(folder)

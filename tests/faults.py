@@ -1,10 +1,31 @@
 """Small runs in processes of their own, and what may befall them. Each process gets its folders below `root`."""
 
+# Where it is tested, by place and fault. All of these are files of tests/; "whole" is write() of test_records, by which
+# every other file gets to disk.
+#
+#                        killed         full disk      no permission  two at once    cut or flipped
+# unpacking a data set   faults         faults         faults         faults         faults (archive), data (CIFAR)
+# event, image file      -              -              -              -              faults, events, data
+# frame cache            faults         faults, events faults         faults         faults, events
+# tree of sample images  faults         faults         faults         faults         image file
+# training               train, faults  records        records        train          -
+# a process of several   distributed    -              -              distributed    -
+# a loader's process     faults         -              -              -              faults
+# checkpoint             train          records        records        train          train
+# weights                train          records        records        train          weights
+# record                 train          records        records        records        records, faults
+# vouch, ship, hub       faults         faults         whole          whole          faults, weights
+# page, figures          faults         faults         whole          faults         -
+#
+# A loss or a weight that is no number: train, and in the whole run, with microbatches, faults.
+
+import importlib
 import itertools
 import os
 import resource
 import runpy
 import signal
+import socket
 import sys
 import time
 from multiprocessing import get_context, set_start_method
@@ -20,8 +41,8 @@ from staa.train import run
 
 # New processes that are as clean as a new interpreter, but torch is imported once for all of them.
 PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["staa.train"])
-PATIENCE = 60  # seconds until a hanging process fails its test
+PROCESSES.set_forkserver_preload(["staa.train", "tonic.datasets", "pytest"])
+PATIENCE = 300  # seconds until a hanging process fails its test
 
 #: Three epochs of three steps, the last one smaller, with everything on that an interruption could lose.
 SMALL = Config(dataset="imagefolder:noise", image_size=16, augment="standard", network="resnet20", width=1 / 32,
@@ -39,10 +60,10 @@ def images(root: Path):
                 Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
 
 
-def start(root: Path, config: Config = SMALL, fault=None):
-    """Call run() in a process of its own, after `fault` has prepared what will befall it there."""
+def start(root: Path, config: Config = SMALL, fault=None, work=None):
+    """Call run(), or `work`, in a process of its own, after `fault` has prepared what will befall it there."""
     here, there = PROCESSES.Pipe(duplex=False)
-    process = PROCESSES.Process(target=_main, args=(root, config, fault, there))
+    process = PROCESSES.Process(target=_main, args=(root, config, fault, work, there))
     process.start()
     there.close()
     return process, here
@@ -67,22 +88,22 @@ def end(process, pipe, until: str = "") -> tuple[int | None, list[str], Record |
     raise AssertionError(f"the process hangs after {lines}")
 
 
-def apart(root: Path, config: Config = SMALL, fault=None):
-    return end(*start(root, config, fault))
+def apart(root: Path, config: Config = SMALL, fault=None, work=None):
+    return end(*start(root, config, fault, work))
 
 
-def _main(root, config, fault, pipe):
+def _main(root, config, fault, work, pipe):
     _folders(root)
     if fault:
         fault()
     try:
-        pipe.send(run(config, device="cpu", workers=0, log=pipe.send))
+        pipe.send(work() if work else run(config, device="cpu", workers=0, log=pipe.send))
     except Exception as error:
         pipe.send(error)
 
 
 def _folders(root):
-    for kind in ("runs", "data", "records"):
+    for kind in ("runs", "data", "records", "networks", "figures"):
         os.environ[f"STAA_{kind.upper()}"] = str(root / kind)
 
 
@@ -140,14 +161,7 @@ def kill_before_record():
 
 def hold_until(path: Path):
     """Go on after the first step only when `path` exists."""
-    def wait(*_):
-        for _ in range(50 * PATIENCE):
-            if path.exists():
-                return
-            time.sleep(0.02)
-        raise TimeoutError(f"{path} did not come")
-
-    register_optimizer_step_post_hook(wait)
+    register_optimizer_step_post_hook(lambda *_: hold(path.with_name("here"), path))
 
 
 def no_file_above(size: int):
@@ -162,3 +176,52 @@ def as_nobody():
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
+
+
+def one_after_the_other(*faults):
+    for fault in faults:
+        fault()
+
+
+def at_write(part: str, nth: int, act):
+    """Call `act` where a file whose path holds `part` is opened for writing for the nth time, and holds nothing yet."""
+    times = itertools.count(1)
+
+    def hook(event, args):
+        if (event == "open" and part in str(args[0]) and args[2] & (os.O_WRONLY | os.O_RDWR) and next(times) == nth):
+            act()
+
+    sys.addaudithook(hook)
+
+
+def hold(here: Path, until: Path):
+    """Say that one is here, and go on when `until` exists."""
+    here.touch()
+    for _ in range(50 * PATIENCE):
+        if until.exists():
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"{until} did not come")
+
+
+def burst_at_step(n: int, tensor: int):
+    """What too large a step does: a tensor of the network is no number any more after the n-th step of the optimizer."""
+    steps = itertools.count(1)
+
+    def burst(optimizer, *_):
+        if next(steps) == n:
+            optimizer.param_groups[0]["params"][tensor].data.fill_(float("nan"))
+
+    register_optimizer_step_post_hook(burst)
+
+
+def believe(values: list[tuple[str, str, str, object]]):
+    """(module, class, attribute, value): the official checksums of small files that stand for the official ones. And
+    nothing is downloaded."""
+    for module, name, attribute, value in values:
+        setattr(getattr(importlib.import_module(module), name), attribute, value)
+
+    def refused(*_, **__):
+        raise OSError("no network")
+
+    socket.getaddrinfo = refused

@@ -4,10 +4,7 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from functools import partial
-from pathlib import Path
 
 import faults
 import numpy as np
@@ -180,17 +177,6 @@ def test_a_folder_that_cannot_be_made_stops_before_training(root, monkeypatch, f
     with pytest.raises(RecordError, match="set STAA_RUNS") as caught:
         run(SMALL, device="cpu", workers=0, log=lambda line: pytest.fail("trained"))
     assert one_sentence(caught, folder)
-
-
-@pytest.fixture
-def commons():
-    """A folder that any user may enter, as pytest's own is not."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod(0o755)
-    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("path, mode", [
