@@ -102,7 +102,8 @@ def execute(item: Item) -> str:
         executed = Path(folder) / item.output.name
         command = [sys.executable, "-m", "papermill", "--cwd", str(NOTEBOOKS), "--no-progress-bar",
                    str(NOTEBOOKS / f"{item.name}.ipynb"), str(executed)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        alone = os.environ | {"OMP_NUM_THREADS": "1"}  # as many are executed at once as there are cores
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
         if done.returncode:
             return f"{item.name} failed: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}"
         try:
