@@ -33,7 +33,7 @@ list: $(READY)   ## each notebook, its cost, and how many of its runs have a rec
 
 test: $(READY)   ## the test suite, and nbval over every notebook
 	$(BIN)/python -m pytest -n 2 --dist loadfile
-	dir=$$(mktemp -d) && STAA_RUNS=$$dir/runs STAA_FIGURES=$$dir/figures \
+	dir=$$(mktemp -d) && export STAA_RUNS=$$dir/runs STAA_FIGURES=$$dir/figures OMP_NUM_THREADS=1 && $(BIN)/python -m staa.page train && \
 		$(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout=1200 notebooks; status=$$?; rm -rf $$dir; exit $$status
 
 bench: $(READY)  ## the benchmarks: about ten minutes; writes benchmarks/README.md

@@ -1,5 +1,7 @@
 """STAA-SNN: spiking neurons with a spatial-temporal attention aggregator (CVPR 2025), a reproducible companion."""
 
+import warnings
+
 from .attention import STAALIF, GlobalContext, PositionEncoding, StepAttention
 from .config import Config
 from .fsta import FSTALIF
@@ -9,6 +11,9 @@ from .records import Record
 from .statten import STAttenLIF
 from .train import run
 from .weights import from_pretrained, load, save_pretrained
+
+# `python -m staa.train` finds its module imported already, here; nothing follows from that.
+warnings.filterwarnings("ignore", message="'staa.train' found in sys.modules", category=RuntimeWarning)
 
 __version__ = "0.1.0"
 __all__ = ["LIF", "STAALIF", "FSTALIF", "STAttenLIF", "PositionEncoding", "GlobalContext", "StepAttention", "rectangle",

@@ -23,7 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(dataset="digits", image_size=16, epochs=4, batch_size=32, lr=0.01),
     "short": dict(dataset="cifar10", augment="autoaugment", epochs=50, precision="bf16"),
     "paper": dict(dataset="cifar10", augment="autoaugment", epochs=500),
-    "cut": dict(dataset="cifar10", train_images=10_000, width=1 / 4, augment="standard", epochs=10, batch_size=64,
+    "cut": dict(dataset="cifar10", train_images=10_000, width=1 / 4, augment="standard", epochs=3, batch_size=64,
                 lr=0.02),
 }
 

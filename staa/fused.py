@@ -15,8 +15,10 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -52,6 +54,15 @@ def compiler(device: str) -> bool:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(f"torch.compile does not work here ({reason}): the neurons run without it, more slowly.")
         return False
+
+
+def lazy_compile(function: Callable, **options) -> Callable:
+    """`function`, compiled at its first call: `torch.compile` takes seconds to import. options: Inductor's."""
+    @functools.cache
+    def fast() -> Callable:
+        return torch.compile(function, dynamic=True, options=options)
+
+    return functools.wraps(function)(lambda *args: fast()(*args))
 
 
 def membrane_type(x: Tensor) -> torch.dtype:
@@ -128,7 +139,7 @@ def unpacked(constants: Tensor, authors: bool) -> tuple:
     return (decay, 1.0, v_th, 0.0, 1.0) if authors else (decay, gain, v_th, v_reset, a)
 
 
-@functools.partial(torch.compile, dynamic=True)
+@lazy_compile
 def _lif(x: list[Tensor], s: list[Tensor], constants: Tensor, authors: bool):
     decay, gain, v_th, v_reset, a = unpacked(constants, authors)
     hm = v_reset
@@ -139,7 +150,7 @@ def _lif(x: list[Tensor], s: list[Tensor], constants: Tensor, authors: bool):
         s_t.copy_(fired)
 
 
-@functools.partial(torch.compile, dynamic=True)
+@lazy_compile
 def _lif_backward(x: list[Tensor], ds: list[Tensor], dx: list[Tensor], constants: Tensor, authors: bool):
     decay, gain, v_th, v_reset, a = unpacked(constants, authors)
     hm, us = v_reset, []
@@ -175,21 +186,33 @@ def reset(hm: Tensor, u: Tensor, v_th: float, v_reset: float) -> None:
         hm += v_reset * (u >= v_th)
 
 
-def fire_backward_in_place(u: Tensor, v: Tensor, ds: Tensor, dhm: Tensor, v_th: float, v_reset: float, a: float,
-                           out: Tensor | None = None) -> Tensor:
-    """`fire_backward` into `out`, by default into u; u, v (room) and dhm are spent."""
-    torch.sub(u, v_th, out=v)
-    through = torch.addcmul(ds, u.sub_(v_reset) if v_reset else u, dhm, value=-1, out=u)
-    edge = beyond(a / 2, v.dtype)
-    select(through, v, -edge, edge, out=through)
-    select(dhm, v, -torch.inf, 0.0, out=dhm)
-    return torch.add(dhm, through, alpha=1 / a, out=through if out is None else out)
+def fire_backward_in_place(u: Tensor, ds: Tensor, d: Tensor, decay: float, v_th: float, v_reset: float, a: float,
+                           room: tuple[Tensor, Tensor], out: Tensor) -> None:
+    """`fire_backward` of dHm = decay d, into `out`; the two tensors of room may be d and out."""
+    through, kept = room
+    torch.addcmul(ds, u - v_reset if v_reset else u, d, value=-decay, out=through)
+    select(through, u, *rectangle_edges(v_th, a, u.dtype), out=through)
+    if a != 1:
+        through *= 1 / a
+    select(d, u, -torch.inf, v_th, out=kept)
+    torch.add(through, kept, alpha=decay, out=out)
 
 
 @functools.cache
-def beyond(edge: float, dtype: torch.dtype) -> float:
-    """The next number after `edge`."""
-    return torch.nextafter(torch.tensor(edge, dtype=dtype), torch.tensor(torch.inf, dtype=dtype)).item()
+def rectangle_edges(v_th: float, a: float, dtype: torch.dtype) -> tuple[float, float]:
+    """The numbers just outside eq. 5's rectangle: abs(u - v_th) <= a / 2, rounded as ever, where low < u < high."""
+    kind: Any = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
+
+    def edge(sign: int) -> float:
+        inside, outside = kind(v_th), kind(v_th + sign * (2 * a + abs(v_th)))
+        while (middle := inside / 2 + outside / 2) not in (inside, outside):
+            if abs(middle - kind(v_th)) <= kind(a / 2):
+                inside = middle
+            else:
+                outside = middle
+        return float(outside)
+
+    return edge(-1), edge(1)
 
 
 def slices(x: Tensor, buffers: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
@@ -203,14 +226,18 @@ def slices(x: Tensor, buffers: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]
 
 
 def _potentials(x: Sequence[Tensor], us: Sequence[Tensor], hm: Tensor, decay, gain, v_th, v_reset) -> Iterator[Tensor]:
-    """U[t] in us[t], step by step, with the rounding of `LIF.charge`; hm is room."""
+    """U[t], step by step, with the rounding of `LIF.charge`; in us[t], or X itself where that is U. hm is room."""
+    plain = gain == 1 and not v_reset and x[0].dtype == hm.dtype
     exact = math.frexp(decay)[0] == 0.5  # a power of two: the product is not rounded, and one pass does for two
-    for t, (x_t, u) in enumerate(zip(x, us)):
-        if t == 0:
+    before = None
+    for x_t, u in zip(x, us):
+        if before is not None:
+            reset(hm, before, v_th, v_reset)
+        elif not plain:
             hm.fill_(v_reset)
-        else:
-            reset(hm, us[t - 1], v_th, v_reset)
-        if exact and gain == 1 and not v_reset and x_t.dtype == u.dtype:
+        if before is None and plain:
+            u = x_t
+        elif exact and plain:
             torch.add(x_t, hm, alpha=decay, out=u)
         else:
             if v_reset:
@@ -220,6 +247,7 @@ def _potentials(x: Sequence[Tensor], us: Sequence[Tensor], hm: Tensor, decay, ga
                 u += v_reset
             u += x_t if gain == 1 else x_t.to(u.dtype) * gain
         yield u
+        before = u
 
 
 def _lif_sliced(x, s, decay, gain, v_th, v_reset, a):
@@ -230,14 +258,13 @@ def _lif_sliced(x, s, decay, gain, v_th, v_reset, a):
 
 
 def _lif_sliced_backward(x, ds, dx, decay, gain, v_th, v_reset, a):
-    for part, (hm, v, *us) in slices(x, 2 + len(x)):
-        for _ in _potentials(x[:, part].unbind(), us, hm, decay, gain, v_th, v_reset):
-            pass
-        dhm = hm.zero_()
+    in_dx = gain == 1 and dx.dtype == membrane_type(x)
+    for part, (hm, through, du, *us) in slices(x, 3 + len(x)):
+        us = list(_potentials(x[:, part].unbind(), us, hm, decay, gain, v_th, v_reset))
+        d = du.zero_()  # dU[t+1]
         for u, ds_t, dx_t in zip(reversed(us), reversed(ds[:, part].unbind()), reversed(dx[:, part].unbind())):
-            if gain == 1 and dx.dtype == v.dtype:
-                du = fire_backward_in_place(u, v, ds_t, dhm, v_th, v_reset, a, out=dx_t)
-            else:
-                du = fire_backward_in_place(u, v, ds_t, dhm, v_th, v_reset, a)
+            out = dx_t if in_dx else du
+            fire_backward_in_place(u, ds_t, d, decay, v_th, v_reset, a, (through, hm), out)
+            if not in_dx:
                 torch.mul(du, gain, out=dx_t)
-            torch.mul(du, decay, out=dhm)
+            d = out

@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .fused import compiles, constants, fire_backward, fire_backward_in_place, is_channels_last, membrane_type, reset
+from .fused import (
+    compiles,
+    constants,
+    fire_backward,
+    fire_backward_in_place,
+    is_channels_last,
+    lazy_compile,
+    membrane_type,
+    reset,
+)
 
 
 def aggregated(x: Tensor, key: Tensor, bias: Tensor, added: Callable, mixing: Callable, parameters: Sequence[Tensor],
@@ -71,7 +80,8 @@ class _Aggregated(torch.autograd.Function):
         dmean: list[Tensor] = []
         dadded: list[Tensor] = []
         for t in reversed(range(len(x))):
-            dpqw = _step_backward(compiled, dhm, ds[t], *wide([dmean_hm], last), hm[t], x[t], *mixed[t], dx[t], last,
+            spread = dmean_hm / weights.shape[-1]  # over the positions whose mean it is
+            dpqw = _step_backward(compiled, dhm, ds[t], *wide([spread], last), hm[t], x[t], *mixed[t], dx[t], last,
                                   ctx.numbers)
             (dmean_hm, dm, da), dparameters = ctx.tapes[t].backward(dpqw, parameters, dparameters)
             dmean.insert(0, dm)
@@ -129,11 +139,11 @@ def context_backward(x: Tensor, key: Tensor, weights: Tensor, grad: Tensor, dx: 
     return (dlogits @ y).sum((0, 1))
 
 
-def one_pass(in_place: Callable) -> Callable:
-    """A function of tensors and the neuron's numbers (v_th, v_reset, a), called as function(compiled, ...): compiled in
-    one pass over memory, or by its counterpart, `in_place`."""
+def one_pass(in_place: Callable, **options) -> Callable:
+    """A function of tensors and the neuron's numbers (v_th, v_reset, a), called as function(compiled, ...): compiled,
+    or by its counterpart, `in_place`. options: Inductor's."""
     def decorated(function: Callable) -> Callable:
-        fast = torch.compile(function, dynamic=True)
+        fast = lazy_compile(function, **options)
 
         def either(compiled: bool, hm: Tensor, *args):
             *tensors, numbers = args
@@ -161,16 +171,17 @@ def _membrane_in_place(hm, x, p, q, w, out, v_th, v_reset, a):
 
 def _step_backward_in_place(dhm, ds, dmean, hm, x, p, q, w, dx, last, v_th, v_reset, a):
     space = (1, 2) if last else (2, 3)
-    dhm += dmean / (x.shape[space[0]] * x.shape[space[1]])
+    dhm += dmean
     u, room = potential(hm, x, p, q, w), torch.empty_like(hm)
-    du = fire_backward_in_place(u, room, ds.to(u.dtype), dhm, v_th, v_reset, a)
+    fire_backward_in_place(u, ds.to(u.dtype), dhm, 1.0, v_th, v_reset, a, (room, dhm), du := torch.empty_like(hm))
     sums = [torch.mul(du, factor, out=room).sum(space) for factor in (hm, x)] + [du.sum(space)]
     torch.mul(du, q, out=dx)
     torch.mul(du, p, out=dhm)
     return sums
 
 
-@one_pass(_step_in_place)
+# U reads five tensors. Without the option Inductor would write it to memory first.
+@one_pass(_step_in_place, realize_reads_threshold=16)
 def _step(hm, x, p, q, w, s, settings):
     """S[t] into s; Hm[t] takes the place of Hm[t-1]."""
     v_th, v_reset, a = settings.unbind()
@@ -193,8 +204,7 @@ def _step_backward(dhm, ds, dmean, hm, x, p, q, w, dx, last: bool, settings):
     """dp, dq, dw (B, C); dX[t] into dx; dHm[t-1], but for what comes by its mean, takes the place of dHm[t]."""
     v_th, v_reset, a = settings.unbind()
     height, width = (1, 2) if last else (2, 3)
-    through = dhm + dmean / (x.shape[height] * x.shape[width])
-    du = fire_backward(p * hm + q * x + w, ds, through, v_th, v_reset, a)
+    du = fire_backward(p * hm + q * x + w, ds, dhm + dmean, v_th, v_reset, a)
     dx.copy_(q * du)
     # One axis of space after the other: Inductor's loops over both at once are slow.
     sums = [d.sum(width).sum(height) for d in (du * hm, du * x, du)]

@@ -47,7 +47,7 @@ def ship(name: str) -> Path:
     size = sum(t.nbytes for t in network.state_dict().values())
     if size > SHIPPED:
         raise RecordError(f"the network of {name} has {size / 1e6:.1f} MB; at most {SHIPPED / 1e6:.0f} MB are shipped.")
-    shipped = records.folder("networks") / f"{network.config.name}.safetensors"
+    shipped = weights.shipped_file(network.config)
     weights.save(shipped, network.state_dict(), network.config, record.outcome["classes"])
     record.save(records.folder("records") / f"{network.config.name}.json")
     return shipped

@@ -2,6 +2,7 @@
 
     python -m staa.page list    # each item, its cost, whether its runs are there
     python -m staa.page         # train what is missing, execute the notebooks, write figures/index.html
+    python -m staa.page train   # only the first of these
 
 What is done already is not done again: a run with a record is read, and a notebook is executed when it, the package or
 the paper's numbers are newer than its output.
@@ -101,7 +102,8 @@ def execute(item: Item) -> str:
         executed = Path(folder) / item.output.name
         command = [sys.executable, "-m", "papermill", "--cwd", str(NOTEBOOKS), "--no-progress-bar",
                    str(NOTEBOOKS / f"{item.name}.ipynb"), str(executed)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        alone = os.environ | {"OMP_NUM_THREADS": "1"}  # as many are executed at once as there are cores
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
         if done.returncode:
             return f"{item.name} failed: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}"
         try:
@@ -130,13 +132,18 @@ def page(found: list[Item]) -> str:
     return f"{PAGE}<p>{links}</p>\n" + "\n".join(parts) + "\n</body></html>\n"
 
 
+def train(found: list[Item]) -> None:
+    """The runs of these items, each once, as many side by side as there are cores."""
+    run_all(list(dict.fromkeys(config for item in found for config in item.runs())))
+
+
 def main() -> int:
     """Everything; the exit status is 1 where a notebook failed, and the others are there all the same."""
     found = items()
     stale = [item for item in found if not item.fresh()]
     failures = []
     try:
-        run_all(list(dict.fromkeys(config for item in stale for config in item.runs())))
+        train(stale)
     except RuntimeError as error:  # the other runs have ended well, and the notebook of this one will say it too
         failures.append(f"a run failed: {error}")
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # each waits for a process of its own
@@ -151,7 +158,9 @@ if __name__ == "__main__":
     try:
         if sys.argv[1:] == ["list"]:
             print(listing())
+        elif sys.argv[1:] == ["train"]:
+            train(items())
         else:
             sys.exit(main())
-    except RuntimeError as error:  # a damaged record, or figures/ that cannot be written
+    except RuntimeError as error:  # a failed run, a damaged record, or figures/ that cannot be written
         sys.exit(f"staa: {error}")

@@ -145,8 +145,16 @@ def grad_cam(frames: np.ndarray, found: dict[str, dict[str, np.ndarray]], outlin
     figure = plt.figure(figsize=(PAGE, 2.5))
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1, 1.9])[0]
     event_frames(frames, left)
-    axes = right.subplots(len(found), len(next(iter(found.values()))), squeeze=False)
-    for i, (row, (neuron, maps)) in enumerate(zip(axes, found.items())):
+    cam_rows({neuron.upper(): maps for neuron, maps in found.items()}, outline, right)
+    return figure
+
+
+def cam_rows(found: dict[str, dict[str, np.ndarray]], outline: np.ndarray | None = None, figure: Any = None) -> Any:
+    """A row a label of Grad-CAM maps (H, W) by layer, each scaled to its own maximum; a picture (H, W, 3) among them is
+    shown as it is."""
+    figure = figure or plt.figure(figsize=(PAGE, 2.5))
+    axes = figure.subplots(len(found), len(next(iter(found.values()))), squeeze=False)
+    for i, (row, (label, maps)) in enumerate(zip(axes, found.items())):
         for axis, (layer, cam) in zip(row, maps.items()):
             axis.imshow(cam, cmap="cividis", vmin=0, vmax=cam.max() or 1)
             if outline is not None:
@@ -154,7 +162,7 @@ def grad_cam(frames: np.ndarray, found: dict[str, dict[str, np.ndarray]], outlin
                 line.set_path_effects([withStroke(linewidth=1.6, foreground="black")])
             axis.set(xticks=[], yticks=[])
             axis.set_title("" if i else layer, fontsize=7)
-        row[0].set_ylabel(neuron.upper())
+        row[0].set_ylabel(label)
     return figure
 
 

@@ -71,6 +71,14 @@ class Record:
         """Test accuracy of the last epoch, in percent; never the best on the test set."""
         return self.outcome["epochs"][-1]["test_accuracy"]
 
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds of each epoch, testing included: of the processor's work on a CPU, since other programs beside the
+        run do not count there; else by the clock."""
+        told = self.provenance
+        clock = told["seconds_per_epoch"]
+        return told.get("processor_seconds_per_epoch", clock) if "CPU" in told["device"] else clock
+
     def save(self, path: Path) -> None:
         body = {"format": 1, "config": self.config, "outcome": self.outcome, "provenance": self.provenance}
         text = json.dumps(body | {"sha256": checksum(body)}, indent=1, sort_keys=True, allow_nan=False)

@@ -1,6 +1,9 @@
-"""A small tree of image files, to go the way of ImageNet without ImageNet."""
+"""Samples that come with scikit-learn: a small tree of image files, to go the way of ImageNet without ImageNet, and
+photographs, to show a trained network."""
 
 from pathlib import Path
+
+from PIL import Image
 
 from . import data, records
 
@@ -29,3 +32,20 @@ def digit_images(name: str = "digits64", size: int = 64, train: int = 40, val: i
     except OSError as error:
         raise data.DataError(f"{root / name} could not be written ({error.strerror or error}).") from None
     return root / name
+
+
+def photographs(size: int = 32, rows: int = 1) -> list[Image.Image]:
+    """scikit-learn's two photographs, a temple and a dahlia, in square tiles of size x size pixels: from each, `rows`
+    rows of as many tiles as its width holds."""
+    from sklearn.datasets import load_sample_images
+
+    tiles = []
+    for pixels in load_sample_images().images:
+        image, side = Image.fromarray(pixels), pixels.shape[0] // rows
+        columns = pixels.shape[1] // side
+        margin = (pixels.shape[1] - columns * side) // 2
+        for row in range(rows):
+            for column in range(columns):
+                left, top = margin + column * side, row * side
+                tiles.append(image.crop((left, top, left + side, top + side)).resize((size, size)))
+    return tiles

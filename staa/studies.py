@@ -114,13 +114,8 @@ def multiply_adds(record: Record) -> float:
 
 
 def seconds(found: list[Record]) -> float:
-    """Median seconds of an epoch, testing included: of the processor's work on a CPU, since other programs beside the
-    run do not count there; else by the clock."""
-    def epochs(provenance: dict) -> list[float]:
-        clock = provenance["seconds_per_epoch"]
-        return provenance.get("processor_seconds_per_epoch", clock) if "CPU" in provenance["device"] else clock
-
-    return statistics.median(s for record in found for s in epochs(record.provenance))
+    """Median seconds of an epoch, as `Record.seconds` has them."""
+    return statistics.median(s for record in found for s in record.seconds)
 
 
 def curve(found: list[Record], quantity: str) -> list[tuple[float, float]]:

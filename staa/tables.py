@@ -202,7 +202,7 @@ def results() -> pd.DataFrame:
     for record in records.vouched():
         groups[Config.from_dict(record.config).but(seed=0).json].append(record)
     rows = []
-    for group in groups.values():
+    for group in sorted(groups.values(), key=rank):
         c, first = group[0].config, group[0]
         rates = [statistics.mean(r.outcome["firing_rates"].values()) for r in group]
         rows.append({"Dataset": NAMES.get(c["dataset"], c["dataset"]),
@@ -212,9 +212,14 @@ def results() -> pd.DataFrame:
                      "Test accuracy, %": mean_sd(group), "Paper": printed(c),
                      "Firing rate": f"{statistics.mean(rates):.3f}",
                      "Parameters": f"{first.outcome['parameters']:,}",
-                     "Minutes a run": f"{statistics.mean(r.provenance['seconds'] for r in group) / 60:.0f}",
+                     "Minutes a run": f"{statistics.mean(sum(r.seconds) for r in group) / 60:.0f}",
                      "Device": first.provenance["device"]})
     return pd.DataFrame(rows)
+
+
+def rank(group: list[Record]) -> tuple:
+    c = group[0].config  # the smaller network first
+    return c["dataset"], c["network"], c["T"], group[0].outcome["parameters"], own_settings(c), str(c)
 
 
 def printed(config: dict) -> str:

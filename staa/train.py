@@ -40,8 +40,9 @@ def run(config: Config, *, device: str | torch.device | None = None, data_root: 
         workers: int | None = None, log: Callable[[str], None] = print) -> Record:
     """The record of this run, from disk or from training; logs one line an epoch.
 
-    device: "cpu", "cuda", ...; by default a GPU where there is one. workers: processes that load data; by default none
-    for fewer than 5,000 images and one a core, at most eight, for more. Neither changes the outcome on a CPU.
+    device: "cpu", "cuda", ...; by default a GPU where there is one. workers: processes that load data; by default one
+    a core, at most eight, for a GPU and 5,000 images or more, and else none: beside a CPU's step loading costs next to
+    nothing, and starting a process costs seconds. Neither changes the outcome on a CPU.
     The run lives in runs/NAME: checkpoint.pt after every epoch, at the end record.json and weights.safetensors
     (weights.pt where safetensors is not installed). Where another process trains the same run, this one waits and
     reads. Raises DataError, RecordError or TrainingError, one sentence.
@@ -120,7 +121,8 @@ def _train(config: Config, place: Path, device, data_root, workers, log, peers: 
         raise TrainingError(f"the last batch of {config} has fewer images than there are processes ({peers.size}); "
                             "choose another batch_size or train_images.")
     if workers is None:
-        workers = 0 if len(indices) < 5_000 else min(len(os.sched_getaffinity(0)), 8)  # starting them takes seconds
+        few = device.type == "cpu" or len(indices) < 5_000
+        workers = 0 if few else min(len(os.sched_getaffinity(0)), 8)
     if device.type == "cpu":
         memory.keep_freed()
     with own_state(config, device):

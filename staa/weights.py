@@ -136,6 +136,15 @@ def keep(place: Path, state: dict, config: Config, classes: int, log: Callable[[
     (place / names[1]).unlink(missing_ok=True)  # of a run before this one
 
 
+def shipped() -> list[Record]:
+    """The project's records whose networks it ships too, in data/networks: `trained` reads them."""
+    return [record for record in records.vouched() if shipped_file(Config.from_dict(record.config)).is_file()]
+
+
+def shipped_file(config: Config) -> Path:
+    return records.folder("networks") / f"{config.name}.safetensors"
+
+
 def trained(record: Record) -> SpikingNetwork:
     """The network of a finished run, on the CPU, in evaluation, with its final weights: from runs/NAME, or from
     data/networks where the project ships them with its record.
@@ -144,7 +153,7 @@ def trained(record: Record) -> SpikingNetwork:
     """
     config = Config.from_dict(record.config)
     place = records.folder("runs") / config.name
-    shipped = records.folder("networks") / f"{config.name}.safetensors"
+    shipped = shipped_file(config)
     advice = "set STAA_RUNS and STAA_RECORDS to empty folders, and the run trains the network anew"
     if (place / "weights.pt").is_file():
         with undamaged("weights file", place / "weights.pt", advice):

@@ -164,6 +164,16 @@ def test_the_edge_of_the_rectangle_belongs_to_it():
         assert (dx != 0).tolist() == [[True, True, False, False]]
 
 
+@few
+@given(st.floats(-3, 3), st.floats(1e-3, 4), st.sampled_from([torch.float32, torch.float64]))
+def test_the_edges_are_where_rounding_puts_them(v_th, a, dtype):
+    for edge in fused.rectangle_edges(v_th, a, dtype):
+        edge = torch.tensor(edge, dtype=dtype)
+        for u in (edge, torch.nextafter(edge, torch.tensor(v_th, dtype=dtype))):
+            low, high = fused.rectangle_edges(v_th, a, dtype)
+            assert bool((u - v_th).abs() <= a / 2) == (low < u.item() < high) == (u != edge).item()
+
+
 def saved_bytes(neuron, x) -> int:
     """Bytes kept for the backward pass, beyond the current itself."""
     kept = {}
@@ -202,7 +212,7 @@ def test_compiled_in_one_graph():
     for name, (function, arguments) in plain.items():
         torch._dynamo.reset()
         metrics.reset()
-        explained = torch._dynamo.explain(function._torchdynamo_orig_callable)(*arguments)
+        explained = torch._dynamo.explain(function.__wrapped__)(*arguments)
         assert explained.graph_break_count == 0, name
         function(*arguments)
         assert metrics.generated_kernel_count == 1, name

@@ -26,6 +26,9 @@ def test_only_runs_without_a_record_start_and_a_failure_stops_nothing_else(tmp_p
     place = records.folder("runs") / staa_run.name
     place.mkdir(parents=True)
     (place / "checkpoint.pt").write_bytes(b"damaged")
+    locks = tmp_path / ".snakemake" / "locks"  # as a killed Snakemake leaves them
+    locks.mkdir(parents=True)
+    (locks / "0.output.lock").write_text(f"{records.folder('runs') / 'grid' / 'energy' / lif_run.name}\n")
     out = snakemake(tmp_path)
     assert out.returncode and "checkpoint" in out.stdout + out.stderr and "damaged" in out.stdout + out.stderr
     assert f"{staa_run.name}.log" in out.stdout + out.stderr

@@ -50,14 +50,15 @@ def test_conda_takes_the_same_pins():
 
 def test_the_core_imports_need_no_more_than_torch_torchvision_and_numpy():
     code = ("import sys, json, staa; staa.build('resnet20', width=1/16); "
-            "print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))")
+            "print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules} | {m for m in sys.modules if 'compile_fx' in m})))")
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert not {"pandas", "matplotlib", "sklearn", "seaborn", "tonic", "captum", "IPython",
                 "papermill", "safetensors", "huggingface_hub", "nir"} & set(loaded)
+    assert "torch._inductor.compile_fx" not in loaded, "the compiler takes seconds to import, and little needs it"
 
 
 def test_imports_go_downwards():
-    order = ["fused", "fused_staa", "neuron", "attention", "fsta", "networks", "statten", "records", "interchange",
+    order = ["memory", "fused", "fused_staa", "neuron", "attention", "fsta", "networks", "statten", "records", "interchange",
              "simulator", "events", "frames", "data", "samples", "config", "optimizer", "distributed", "checkpoint",
              "weights", "resident", "train", "runner",
              "experiments", "energy", "lemaire", "gradcam", "stats", "tables", "studies", "plots", "curves", "siblings",

@@ -3,6 +3,7 @@
 import statistics
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from test_tables import record, rows
 
@@ -149,3 +150,16 @@ def test_seconds_are_the_processors_on_a_cpu_and_the_clocks_elsewhere():
     work = {"processor_seconds_per_epoch": [4.0, 6.0, 5.0]}
     assert studies.seconds([timed("x86_64 CPU", **work)]) == 5.0
     assert studies.seconds([timed("x86_64 CPU")]) == studies.seconds([timed("NVIDIA H100", **work)]) == 2.0
+
+
+def test_photographs_are_cut_into_tiles():
+    """640 x 427: one square of the whole height, from the middle; or four rows of six, 106 pixels each."""
+    from sklearn.datasets import load_sample_images
+
+    pictures = load_sample_images().images
+    whole, tiles = samples.photographs(427), samples.photographs(106, rows=4)
+    assert len(whole) == 2 and len(tiles) == 48
+    for tile, picture in zip(whole, pictures):
+        assert (np.asarray(tile) == picture[:, 106:533]).all()
+    assert (np.asarray(tiles[24 + 7]) == pictures[1][106:212, 2 + 106:2 + 212]).all(), "second row, second column"
+    assert {tile.size for tile in samples.photographs(32, rows=2)} == {(32, 32)}

@@ -303,3 +303,18 @@ def test_what_cannot_be_shipped_is_refused(monkeypatch):
     monkeypatch.setattr(items, "SHIPPED", 1000)
     refused(lambda: items.main(["ship", TINY.name]), "MB", "are shipped")
     assert not records.folder("networks").exists() and not records.folder("records").exists()
+
+
+def test_the_project_ships_a_network_trained_on_real_data(monkeypatch):
+    """Its record is the project's own, and the file is small, whole and fires."""
+    for kind in ("RECORDS", "NETWORKS"):
+        monkeypatch.delenv(f"STAA_{kind}")
+    (record,) = weights.shipped()
+    network = train.trained(record)
+    assert record.config["dataset"] == "cifar10" and record.config["neuron"] == "staa"
+    assert record.accuracy > 25, "ten classes: far better than guessing"
+    assert sum(p.numel() for p in network.parameters()) == record.outcome["parameters"]
+    assert weights.shipped_file(network.config).stat().st_size < 10e6
+    with torch.no_grad(), staa.firing_rates(network) as rates:
+        network(torch.rand(2, 3, 32, 32))
+    assert all(0 < rate < 1 for rate in rates().values())
