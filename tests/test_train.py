@@ -226,6 +226,16 @@ def test_one_flipped_bit_of_a_weight_is_refused(root):
     refused(file)
 
 
+def test_a_checkpoint_that_knows_the_clock_alone_goes_on(tmp_path):
+    """As they were before the processor's seconds were kept beside the clock's."""
+    network = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    train.save(tmp_path / "checkpoint.pt", {"network": network.state_dict(), "optimizer": optimizer.state_dict(),
+                                            "epochs": [{"a": 0.5}, {"a": 0.25}], "seconds": [1.5, 2.5]})
+    _, seconds = train.resume(tmp_path / "checkpoint.pt", network, optimizer)
+    assert records.provenance(torch.device("cpu"), seconds, "", 1)["seconds_per_epoch"] == [1.5, 2.5]
+
+
 def test_any_flipped_bit_is_refused_or_changes_nothing(tmp_path):
     network = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9)
