@@ -203,10 +203,9 @@ def _membrane(hm, x, p, q, w, out, settings):
 def _step_backward(dhm, ds, dmean, hm, x, p, q, w, dx, last: bool, settings):
     """dp, dq, dw (B, C); dX[t] into dx; dHm[t-1], but for what comes by its mean, takes the place of dHm[t]."""
     v_th, v_reset, a = settings.unbind()
-    height, width = (1, 2) if last else (2, 3)
+    space = (1, 2) if last else (2, 3)
     du = fire_backward(p * hm + q * x + w, ds, dhm + dmean, v_th, v_reset, a)
     dx.copy_(q * du)
-    # One axis of space after the other: Inductor's loops over both at once are slow.
-    sums = [d.sum(width).sum(height) for d in (du * hm, du * x, du)]
+    sums = [d.sum(space) for d in (du * hm, du * x, du)]
     dhm.copy_(p * du)
     return sums
