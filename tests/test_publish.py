@@ -16,13 +16,15 @@ from staa import page, records
 class Links(HTMLParser):
     def __init__(self, text):
         super().__init__()
-        self.links, self.ids = [], set()
+        self.links, self.ids, self.loaded = [], set(), []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         for name, value in attributes:
             if name in ("href", "src") and value:
                 self.links.append(value)
+                if tag != "a" and urlsplit(value).netloc:
+                    self.loaded.append(value)
             if name in ("id", "name") and value:
                 self.ids.add(value)
 
@@ -75,7 +77,7 @@ def test_a_broken_link_is_found(tmp_path):
 
 
 def test_the_front_page_links_all(tmp_path, monkeypatch):
-    """The notebooks and the comparison page; of two notebooks, since nbconvert takes seconds for each."""
+    """Three notebooks, of which one has formulas, and the comparison page. Nothing is loaded from the web."""
     monkeypatch.syspath_prepend(str(records.ROOT / "tools"))
     import publish as tool
 
@@ -83,8 +85,8 @@ def test_the_front_page_links_all(tmp_path, monkeypatch):
     figures = records.folder("figures")
     figures.mkdir()
     (figures / "index.html").write_text("<p>everything")
-    found = [item for item in page.items() if item.name in ("figure2", "table3")]
-    assert len(found) == 2
+    found = [item for item in page.items() if item.name in ("derivation", "figure2", "table3")]
+    assert len(found) == 3
     tool.notebooks(found)
     tool.front(found)
     (tmp_path / "site" / "api").mkdir()
@@ -94,3 +96,7 @@ def test_the_front_page_links_all(tmp_path, monkeypatch):
     assert not [link for link in broken(tmp_path / "site") if link[0] == "index.html"]
     assert (tmp_path / "site" / "comparison.html").read_text() == "<p>everything"
     assert "image/png;base64" in (tmp_path / "site" / "notebooks" / "figure2.html").read_text()
+    derivation = (tmp_path / "site" / "notebooks" / "derivation.html").read_text()
+    assert derivation.count("<math") > 90
+    for path in (tmp_path / "site" / "notebooks").glob("*.html"):
+        assert not Links(path.read_text()).loaded

@@ -14,7 +14,7 @@ from faults import SMALL, apart, epochs_of, kill_at_step, kill_at_write
 from safetensors.torch import load_file
 from torch import nn
 
-from staa import Config, train
+from staa import Config, records, train
 from staa.records import Record, RecordError
 from staa.train import TrainingError, evaluate, learning_rate, run, train_epoch
 

@@ -3,15 +3,20 @@
     python tools/publish.py docs    # site/api: the package from its docstrings
     python tools/publish.py         # that, the notebooks as they are stored, figures/index.html, and site/index.html
 
-The site opens from disk. Only formulas need the web: notebooks load MathJax, as nbconvert writes them.
+The site opens from disk and needs nothing from the web: formulas are MathML, which browsers draw by themselves.
 """
 
 import html
 import os
+import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+
+import latex2mathml.converter
+from jinja2 import pass_context
+from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 from staa import page, records
 
@@ -43,6 +48,34 @@ figure of the paper beside the paper's own numbers. They are shown here as they 
 </body></html>
 """
 
+#: nbconvert's page without its scripts, and on a phone no wider than the screen: a wide table scrolls alone.
+TEMPLATE = """{% extends "lab/index.html.j2" %}
+{% block html_head_js %}{% endblock %}
+{% block html_head_js_mathjax %}{% endblock %}
+{% block html_head_js_mermaidjs %}{% endblock %}
+{% block extra_css %}<style>
+.jp-RenderedHTMLCommon { overflow-x: auto; }
+.jp-RenderedImage img { max-width: 100%; height: auto; }
+math { font-family: math, "Cambria Math", "STIX Two Math", "STIX Math", STIX, "Latin Modern Math"; }
+</style>{% endblock %}
+"""
+
+
+class Formulas(IPythonRenderer):
+    def inline_math(self, body: str) -> str:
+        return latex2mathml.converter.convert(body)
+
+    def block_math(self, body: str) -> str:
+        numbered = re.sub(r"\\tag\{(.*?)\}", r"\\qquad(\1)", body)
+        return latex2mathml.converter.convert(numbered, display="block")
+
+
+class Page(HTMLExporter):
+    @pass_context
+    def markdown2html(self, context, source: str) -> str:
+        attachments = context.get("cell", {}).get("attachments", {})
+        return MarkdownWithMath(renderer=Formulas(escape=False, attachments=attachments)).render(source)
+
 
 def docs() -> None:
     """site/api: one page a module, in the order of the imports' names; the ones that need a live figure included."""
@@ -62,14 +95,10 @@ def fresh(folder: Path) -> Path:
 
 def notebooks(found: list[page.Item]) -> None:
     """site/notebooks: each with the outputs that are stored."""
-    paths = [str(page.NOTEBOOKS / f"{item.name}.ipynb") for item in found]
-    subprocess.run([sys.executable, "-m", "nbconvert", "--to", "html", "--log-level", "ERROR", "--output-dir",
-                    str(fresh(SITE / "notebooks")), *paths], check=True)
-    # nbconvert's page is as wide as its widest table: on a phone that one scrolls alone.
-    narrow = ("<style>.jp-RenderedHTMLCommon { overflow-x: auto; } "
-              ".jp-RenderedImage img { max-width: 100%; height: auto; }</style></head>")
-    for path in (SITE / "notebooks").glob("*.html"):
-        path.write_text(path.read_text().replace("</head>", narrow, 1))
+    folder = fresh(SITE / "notebooks")
+    for item in found:
+        text, _ = Page(raw_template=TEMPLATE).from_filename(str(page.NOTEBOOKS / f"{item.name}.ipynb"))
+        (folder / f"{item.name}.html").write_text(text)
 
 
 def front(found: list[page.Item]) -> None:
