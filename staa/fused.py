@@ -96,8 +96,8 @@ def shaped(rows: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
 
 
 def empty_beside(*tensors: Tensor) -> Tensor:
-    """Room for a result, like the first tensor, as far as can be from all of them modulo 4 KB: where the last twelve bits
-    of two addresses agree, a processor takes a load for one that needs the store before it, and waits."""
+    """Room for a result, like the first tensor, as far as can be from all of them modulo 4 KB: where the last twelve
+    bits of two addresses agree, a processor takes a load for one that needs the store before it, and waits."""
     like, page = tensors[0], 4096
     if like.device.type != "cpu" or like.numel() < WORTH_COMPILING:
         return torch.empty_like(like)
