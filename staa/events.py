@@ -4,9 +4,11 @@ tonic downloads and decodes; here is what it leaves open: any number of recordin
 one sentence about a bad recording.
 """
 
+import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -32,6 +34,19 @@ def _read_nmnist(path: Path) -> np.ndarray:
     return read_mnist_file(path, dtype=np.dtype([("x", int), ("y", int), ("t", int), ("p", int)]))
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """Nothing reaches the process's stderr: a decoder in Rust prints there what it then raises."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _read_cifar10dvs(path: Path) -> np.ndarray:
     from tonic.io import read_aedat4
 
@@ -40,7 +55,8 @@ def _read_cifar10dvs(path: Path) -> np.ndarray:
         header = file.read(int.from_bytes(header[14:], "little"))
     ElementTree.fromstring(header[header.index(b"<dv"):header.rindex(b">") + 1])  # of bad text the decoder would abort
     try:
-        events = read_aedat4(str(path))
+        with silent():
+            events = read_aedat4(str(path))
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # the decoder's, which is no Exception
             raise

@@ -392,6 +392,7 @@ def read_damaged(name, path, contents):
     said, source = [], events.SOURCES[name]
     reader = events.Recordings.__new__(events.Recordings)
     reader.source, reader.samples = source, [(path, 0)]
+    os.dup2(os.open(path.with_name("stderr"), os.O_CREAT | os.O_WRONLY), 2)
     for content in contents:
         path.write_bytes(content)
         try:
@@ -421,6 +422,7 @@ def test_a_damaged_recording_is_refused_or_its_fingerprint_tells(tmp_path, name,
         damaged += [content[:i] + bytes([content[i] ^ 0x80]) + content[i + 1:] for i in range(start, stop, 4)]
     code, _, said = apart(tmp_path, work=partial(read_damaged, name, path, damaged))
     assert code == 0 and isinstance(said, list), said
+    assert not (tmp_path / "stderr").read_text(), "the sentence is all that is said"
     refused = [text for text in said if text]
     assert all(one_sentence(text, path) for text in refused) and floor < len(refused) / len(damaged)
     told = set()
