@@ -81,7 +81,7 @@ def items() -> list[Item]:
     for name in [n for n in ORDER if n in names] + sorted(set(names) - set(ORDER)):
         first = source(name)
         time = first.partition("Running time:")[2].partition(".")[0].strip() if "Running time:" in first else "not said"
-        found.append(Item(name, first.splitlines()[0].removeprefix("# "), " ".join(time.split())))
+        found.append(Item(name, first.splitlines()[0].removeprefix("# "), " ".join(time.replace("`", "").split())))
     return found
 
 

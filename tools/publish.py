@@ -103,9 +103,8 @@ def notebooks(found: list[page.Item]) -> None:
 
 def front(found: list[page.Item]) -> None:
     """site/index.html, with links to all."""
-    costs = {item.name: html.escape(item.cost.replace("`", "")) for item in found}
     links = [f'<li><a href="notebooks/{item.name}.html">{html.escape(item.title)}</a> '
-             f'<div class="cost">make {item.name}: {costs[item.name]}</div></li>' for item in found]
+             f'<div class="cost">make {item.name}: {html.escape(item.cost)}</div></li>' for item in found]
     more = ['<li><a href="api/index.html">The package: every module, from its docstrings</a></li>']
     comparison = records.folder("figures") / "index.html"
     if comparison.is_file():
