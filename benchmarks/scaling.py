@@ -8,6 +8,7 @@ import argparse
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import LogLocator
 from speed import SpikingJelly, batch, kept, network, training_step
 from timing import HERE, interleaved, machine, summary, write
 
@@ -47,7 +48,10 @@ def plot(found: dict, path):
                 axes.loglog(x, [n[name][key] for n in values.values()], marker, ms=3, color=color, label=name)
         column[1].set(xlabel={"T": "T", "batch": "batch size", "width": "width"}[axis])
         column[1].set_xticks(x, values.keys())
-        column[1].minorticks_off()
+        for axes in column:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
     panels[0, 0].set(ylabel="training step, ms")
     panels[1, 0].set(ylabel="kept for backward, MiB")
     panels[0, 0].legend()
