@@ -36,8 +36,8 @@ def resume(path: Path, network, optimizer, peers: Peers = ALONE) -> tuple[list, 
             return [], []
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
-        # An older checkpoint has the clock's seconds alone, which the processor's cannot exceed by much.
-        return state["epochs"], [s if isinstance(s, list) else [s, s] for s in state["seconds"]]
+        # An older checkpoint has the clock's seconds alone; the processor's are not known.
+        return state["epochs"], [s if isinstance(s, list) else [s, None] for s in state["seconds"]]
 
 
 @contextmanager

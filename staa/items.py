@@ -48,8 +48,11 @@ def ship(name: str) -> Path:
     if size > SHIPPED:
         raise RecordError(f"the network of {name} has {size / 1e6:.1f} MB; at most {SHIPPED / 1e6:.0f} MB are shipped.")
     shipped = weights.shipped_file(network.config)
+    vouched = records.folder("records") / f"{network.config.name}.json"
+    if vouched.is_file() and Record.load(vouched).outcome != record.outcome:
+        vouched.unlink()  # another network's: not to stand beside this one if the next two lines are interrupted
     weights.save(shipped, network.state_dict(), network.config, record.outcome["classes"])
-    record.save(records.folder("records") / f"{network.config.name}.json")
+    record.save(vouched)
     return shipped
 
 

@@ -116,15 +116,17 @@ def vouched() -> list[Record]:
     return [Record.load(path) for path in sorted(folder("records").glob("*.json"))]
 
 
-def provenance(device, seconds: list[list[float]], code: str, processes: int) -> dict:
+def provenance(device, seconds: list[list], code: str, processes: int) -> dict:
     """Where and how a run was made: what may differ between two runs of the same config. seconds: of each epoch, by the
-    clock and of the processor's work for this process; the second is what another program beside it does not change."""
+    clock and of the processor's work for this process; the second is what another program beside it does not change,
+    and is left out where it is not known of an epoch (None)."""
     import torch
     import torchvision
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     clock, work = map(list, zip(*seconds))
-    return {"seconds": round(sum(clock), 3), "seconds_per_epoch": clock, "processor_seconds_per_epoch": work,
+    known = {} if None in work else {"processor_seconds_per_epoch": work}
+    return {"seconds": round(sum(clock), 3), "seconds_per_epoch": clock, **known,
             "device": name, "processes": processes, "commit": code,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "software": {"python": platform.python_version(), "torch": torch.__version__,

@@ -13,6 +13,7 @@ import tarfile
 import time
 import warnings
 import zipfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -621,6 +622,19 @@ def test_two_at_once_execute_a_notebook_without_harm(finished, truth, monkeypatc
 
     page.NOTEBOOKS, page.subprocess = records.folder("data"), SimpleNamespace(run=other_begins)
     assert page.main() == 0 and written(finished) == truth["page"]
+
+
+def test_a_shipped_network_never_stands_beside_the_record_of_another(finished, monkeypatch):
+    shown, run_record = finished / "records" / RECORD, records.find(EVENTS)
+    other = replace(run_record, outcome=run_record.outcome | {"train_images": 7})
+    other.save(shown)
+    with monkeypatch.context() as m:
+        m.setattr(Record, "save", lambda *_: pytest.fail("killed"))  # between the network and the record
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            ship()
+    assert (finished / "networks" / NETWORK).is_file() and not shown.exists()
+    ship()
+    assert Record.load(shown) == run_record
 
 
 def test_a_damaged_record_or_network_or_config_is_refused_or_the_same(finished):
