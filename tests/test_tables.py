@@ -1,4 +1,5 @@
 import csv
+import html
 import re
 import statistics
 
@@ -141,7 +142,7 @@ def test_a_run_on_digits_says_that_it_is_not_cifar():
     assert "no reproduction" in tables.header(Settings("paper", 1, {"epochs": 3}), [record(80.0, **PRESETS["paper"])])
 
 
-def test_a_table_is_the_same_in_markdown_csv_and_latex():
+def test_a_table_is_the_same_in_markdown_csv_html_and_latex():
     table = tables.table1(Settings("smoke", 1, {}), [record(81.5, network="resnet20", T=4)])
     tables.save(table, "table1", "A note, 100 % honest.")
     folder = records.folder("figures")
@@ -151,6 +152,8 @@ def test_a_table_is_the_same_in_markdown_csv_and_latex():
     assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines] == cells
     with open(folder / "table1.csv", newline="") as file:
         assert list(csv.reader(file)) == cells
+    shown = re.findall(r"<t[hd](?: [^>]*)?>(.*?)</t[hd]>", (folder / "table1.html").read_text(), re.DOTALL)
+    assert [html.unescape(cell).strip() for cell in shown] == [cell for line in cells for cell in line]
     text = (folder / "table1.tex").read_text()
     body = [line.removesuffix(r" \\").split(" & ") for line in text.splitlines() if line.endswith(r"\\")]
     assert [[cell.strip().replace(r"\_", "_") for cell in line] for line in body] == cells
