@@ -198,33 +198,32 @@ class STAALIF(LIF):
     def _fused(self, x: Tensor, dropped: list[bool]) -> Tensor:
         """The same in few passes over memory: see `fused_staa`."""
         zero = x.new_zeros(self.T, self.channels, dtype=fused.membrane_type(x))
-        pe_input, pe_membrane, pe_output = (zero if pe is None else pe.weight
+        pe_input, pe_membrane, pe_output = ((zero if pe is None else pe.weight)[:, None]  # (T, 1, C)
                                             for pe in (self.pe_input, self.pe_membrane, self.pe_output))
-
-        def added(context):  # (T, B, C); PE is the same everywhere, so it cancels in the softmax of eq. 7
-            pe = pe_input[:, None].expand_as(context)
-            if self.gc is None:
-                return pe
-            q = self.gc.norm(per_channel(self.gc.query, context + pe)).relu()
-            return pe + per_channel(self.gc.value, q)
-
-        def mixing(t, hm, x, added):  # (B, C)
-            rest: Tensor | float
-            if dropped[t]:
-                return torch.ones_like(x), torch.ones_like(x), torch.zeros_like(x)
-            if self.sa is None:
-                p, q, rest = (torch.full_like(x, n) for n in (self.decay, self.gain, self.v_reset * (1 - self.decay)))
-            else:
-                pooled = hm + pe_membrane[t] + x + added
-                p = self.sa.alpha * per_channel(self.sa.excite, per_channel(self.sa.squeeze, pooled).relu()).sigmoid()
-                q, rest = self.sa.alpha - p, 0
-            return p, q, q * added + p * pe_membrane[t] + rest + pe_output[t]
-
         key, bias = zero[0], zero[0, :1]
         if self.gc is not None:
             key, bias = self.gc.key.weight.flatten(), self.gc.key.get_parameter("bias")
-        parameters = [p for name, p in self.named_parameters() if not name.startswith("gc.key")]
-        return fused_staa.aggregated(x, key, bias, added, mixing, parameters, self.numbers()[2:])
+        x, context, mean = fused_staa.pooled(x, key, bias)
+        added = pe_input.expand_as(mean)  # X~ - X, (T, B, C)
+        if self.gc is not None:           # PE is the same everywhere, so it cancels in the softmax of eq. 7
+            q = self.gc.norm(per_channel(self.gc.query, context + pe_input)).relu()
+            added = added + per_channel(self.gc.value, q)
+        gate: list[Tensor] = []
+        if self.sa is not None:
+            alpha, step, rest = self.sa.alpha, None, 0.0
+            gate = [n.flatten(1) if n.dim() == 4 else n for layer in (self.sa.squeeze, self.sa.excite)
+                    for n in (layer.weight, layer.get_parameter("bias"))]
+        else:
+            alpha, step, rest = self.decay + self.gain, (self.decay, self.gain), self.v_reset * (1 - self.decay)
+        # p (Hm + PE) + (alpha - p) X~ = p Hm + (alpha - p) X + alpha added + p (PE - added)
+        w, slope = alpha * added + pe_output + rest, pe_membrane - added
+        if any(dropped):
+            kept = torch.ones_like(w[:, :1, :1])
+            for t, drop in enumerate(dropped):
+                kept[t] = not drop
+            w, slope = kept * w, kept * slope
+        fixed = [(1.0, 1.0) if drop else step for drop in dropped]
+        return fused_staa.mixed(x, mean + added + pe_membrane, w, slope, gate, alpha, fixed, self.numbers()[2:])
 
     def is_plain(self) -> bool:
         """As in LIF; and no block is another's, or has anybody who listens: `fused` does not call them as modules."""

@@ -57,12 +57,16 @@ def compiler(device: str) -> bool:
 
 
 def lazy_compile(function: Callable, **options) -> Callable:
-    """`function`, compiled at its first call: `torch.compile` takes seconds to import. options: Inductor's."""
+    """`function` of tensors and lists of them, compiled at its first call: `torch.compile` takes seconds to import.
+    options: Inductor's."""
     @functools.cache
     def fast() -> Callable:
         return torch.compile(function, dynamic=True, options=options)
 
-    return functools.wraps(function)(lambda *args: fast()(*args))
+    def bare(x):  # a view would be compiled for anew with each other base
+        return x.detach() if isinstance(x, Tensor) else [n.detach() for n in x] if isinstance(x, Sequence) else x
+
+    return functools.wraps(function)(lambda *args: fast()(*map(bare, args)))
 
 
 def membrane_type(x: Tensor) -> torch.dtype:
@@ -107,7 +111,7 @@ def empty_beside(*tensors: Tensor) -> Tensor:
         apart = [(room.data_ptr() + start - t.data_ptr()) % page for t in tensors]
         return min(min(d, page - d) for d in apart)
 
-    start = max(range(0, page, 64), key=distance) // like.element_size()
+    start = max(range(64, page, 64), key=distance) // like.element_size()
     return room[start:start + like.numel()].view(like.shape)
 
 

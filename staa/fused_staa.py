@@ -6,14 +6,14 @@ X~ - X does not depend on space, so X~ never comes to be. All that the aggregato
     U[t] = p Hm[t-1] + q X[t] + w       with p, q and w a number a sample and channel, (B, C)
 
 and what it has to know of the current are two means over space: the one that GC's attention weighs, and the plain one.
-The big tensors are worked through by hand in here, forward and backward; the small ones between them, (B, C), are left
-to autograd, on a tape for each time step. Kept for the backward pass are the current, the attention's weights and the
-tapes; the membrane potential is computed anew.
+So there are two functions, differentiated by hand, `pooled` and `mixed`; what lies between them is small, (T, B, C),
+and autograd's. Kept for the backward pass are the current, the attention's weights and small tensors; the membrane
+potential is computed anew.
 
-Below, x is (T, B, H, W, C) where the network is channels-last, and (T, B, C, H, W) where not.
+Both take and return (T, B, C, H, W). Inside, space is one axis, and x lies as in memory: (T, B, HW, C) where the
+network is channels-last, and (T, B, C, HW) where not.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from .fused import (
     compiles,
     constants,
+    empty_beside,
     fire_backward,
     fire_backward_in_place,
     is_channels_last,
@@ -32,112 +33,131 @@ from .fused import (
 )
 
 
-def aggregated(x: Tensor, key: Tensor, bias: Tensor, added: Callable, mixing: Callable, parameters: Sequence[Tensor],
-               numbers: tuple) -> Tensor:
-    """Spikes of a STAA neuron for the current x (T, B, C, H, W).
+def pooled(x: Tensor, key: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x itself, and its two means over space, (T, B, C): the one that GC's attention weighs, and the plain one.
 
-    key (C,), bias (1,): of GC's attention over space. added(context) is X~ - X, (T, B, C), for the context that this
-    attention picks, (T, B, C). mixing(t, hm, x, added) is p, q and w of one step, (B, C), from Hm's mean over space,
-    X's and what is added, (B, C). Both are differentiated by autograd, and `parameters` are what they use; numbers:
-    v_th, v_reset, a.
+    key (C,), bias (1,): of the attention, eq. 7. `mixed` takes x from here: so its gradient comes by, to be added to.
     """
-    last = is_channels_last(x)
-    y = x.permute(0, 1, 3, 4, 2) if last else x.contiguous()
-    spikes = _Aggregated.apply(y, key, bias, added, mixing, numbers, last, *parameters)
-    return spikes.permute(0, 1, 4, 2, 3) if last else spikes
+    return _Pooled.apply(x, key, bias)
 
 
-class _Aggregated(torch.autograd.Function):
+class _Pooled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, key, bias, added, mixing, numbers, last, *parameters):
-        dtype, space, compiled = membrane_type(x), (1, 2) if last else (2, 3), compiles(x)
-        positions = by_position(x, last).to(dtype)                                  # (N, HW, C), N = T B
-        k = (positions @ key).softmax(-1)                                           # (N, HW), eq. 7
-        weights = torch.stack([k, torch.full_like(k, 1 / k.shape[1])], 1)           # (N, 2, HW)
-        context, mean = (weights @ positions).unflatten(0, x.shape[:2]).unbind(2)   # (T, B, C)
-        first, tapes = Tape(added, context), []
-        hm, s = torch.full_like(x[0], numbers[1], dtype=dtype), torch.empty_like(x)
-        for t in range(len(x)):
-            tapes.append(Tape(functools.partial(mixing, t), hm.mean(space), mean[t], first.out[0][t]))
-            _step(compiled, hm, x[t], *wide(tapes[-1].out, last), s[t], numbers)
+    def forward(ctx, x, key, bias):
+        space = axis_of_space(x)
+        y = by_position(as_it_lies(x, space), space).to(membrane_type(x))          # (N, HW, C), N = T B
+        k = (y @ key).softmax(-1)                                                 # (N, HW), eq. 7
+        weights = torch.stack([k, torch.full_like(k, 1 / k.shape[1])], 1)         # (N, 2, HW)
         ctx.save_for_backward(x, key, weights)
-        ctx.parameters = parameters  # themselves: a tape knows them by identity
-        ctx.numbers, ctx.last, ctx.first, ctx.tapes = numbers, last, first, tapes
-        return s
+        context, mean = (weights @ y).unflatten(0, x.shape[:2]).unbind(2)
+        return x, context, mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx, dcontext, dmean):
+        """Adds to dx in place. What reaches a position is the sum of three outer products: of the context, of the mean
+        and of the logits."""
+        x, key, weights = ctx.saved_tensors
+        space = axis_of_space(x)
+        dx = as_it_lies(dx, space)
+        y, dy = by_position(as_it_lies(x, space), space).to(key.dtype), by_position(dx, space)
+        grad = torch.stack([dcontext, dmean], 2).flatten(0, 1)                    # (N, 2, C)
+        k, dk = weights[:, :1], grad[:, :1] @ y.mT                                # (N, 1, HW)
+        dlogits = k * (dk - (k * dk).sum(-1, keepdim=True))
+        here = torch.cat([weights, dlogits], 1)                                   # (N, 3, HW)
+        there = torch.cat([grad, key.expand(len(grad), 1, -1)], 1)                # (N, 3, C)
+        dy.baddbmm_(here.mT.to(dy.dtype), there.to(dy.dtype))
+        dkey, dbias = (dlogits @ y).sum((0, 1)), torch.zeros_like(key[:1])        # a bias cancels in the softmax
+        return as_it_was(dx, space, x.shape), dkey, dbias
+
+
+def mixed(x: Tensor, seen: Tensor, w: Tensor, slope: Tensor, gate: Sequence[Tensor], alpha: float,
+          fixed: Sequence[tuple[float, float] | None], numbers: tuple) -> Tensor:
+    """Spikes for the current x (T, B, C, H, W), where U[t] = p Hm[t-1] + q X[t] + w[t] + p slope[t].
+
+    gate: SA's weights and biases W_1 (C/r, C), b_1, W_2 (C, C/r) and b_2, from which q = alpha - p and
+    p = alpha sigmoid(W_2 ReLU(W_1 (Hm[t-1]'s mean over space + seen[t]))), eqs. 12 and 14. fixed: p and q of the steps
+    without a gate, None for the others. seen, w, slope: (T, B, C). numbers: v_th, v_reset, a.
+    """
+    return _Mixed.apply(x, seen, w, slope, alpha, fixed, numbers, *gate)
+
+
+class _Mixed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, seen, w, slope, alpha, fixed, numbers, *gate):
+        space, compiled, v_reset = axis_of_space(x), compiles(x), numbers[1]
+        y, w = as_it_lies(x, space), w.clone()
+        p, q, z = torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w)   # (T, B, C); z: what the gate sees
+        h = w.new_zeros(*w.shape[:2], len(gate[0]) if gate else 0)                # (T, B, C/r), its hidden layer
+        hm, s = torch.full_like(y[0], v_reset, dtype=w.dtype), empty_beside(y)
+        for t, (y_t, s_t, p_t, q_t, w_t) in enumerate(zip(*(n.unbind() for n in (y, s, p, q, w)))):
+            if fixed[t]:
+                for n, value in zip((p_t, q_t), fixed[t]):
+                    n.fill_(value)
+            else:
+                w1, b1, w2, b2 = gate
+                torch.add(seen[t], hm.mean(space) if t else v_reset, out=z[t])
+                hidden = torch.addmm(b1, z[t], w1.T, out=h[t]).relu_()
+                torch.mul(torch.addmm(b2, hidden, w2.T).sigmoid_(), alpha, out=p_t)
+                torch.sub(alpha, p_t, out=q_t)
+            w_t.addcmul_(p_t, slope[t])
+            _step(compiled, hm, y_t, *(n.unsqueeze(space) for n in (p_t, q_t, w_t)), s_t, numbers)
+        ctx.save_for_backward(x, p, q, w, slope, z, h, *gate)
+        ctx.alpha, ctx.fixed, ctx.numbers = alpha, fixed, numbers
+        return as_it_was(s, space, x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, ds):
-        x, key, weights = ctx.saved_tensors
-        last, parameters, compiled = ctx.last, ctx.parameters, compiles(x)
-        mixed = [wide(tape.out, last) for tape in ctx.tapes]
-        hm = torch.empty_like(x, dtype=weights.dtype)  # Hm[t-1] at t
-        hm[0] = ctx.numbers[1]
-        for t in range(len(x) - 1):
-            _membrane(compiled, hm[t], x[t], *mixed[t], hm[t + 1], ctx.numbers)
-        ds, dx, dparameters = ds.contiguous(), torch.empty_like(x), [None] * len(parameters)
-        dhm, dmean_hm = torch.zeros_like(hm[0]), torch.zeros_like(ctx.tapes[0].out[0])
-        dmean: list[Tensor] = []
-        dadded: list[Tensor] = []
-        for t in reversed(range(len(x))):
-            spread = dmean_hm / weights.shape[-1]  # over the positions whose mean it is
-            dpqw = _step_backward(compiled, dhm, ds[t], *wide([spread], last), hm[t], x[t], *mixed[t], dx[t], last,
-                                  ctx.numbers)
-            (dmean_hm, dm, da), dparameters = ctx.tapes[t].backward(dpqw, parameters, dparameters)
-            dmean.insert(0, dm)
-            dadded.insert(0, da)
-        (dcontext,), dparameters = ctx.first.backward([torch.stack(dadded)], parameters, dparameters)
-        both = torch.stack([dcontext, torch.stack(dmean)], 2).flatten(0, 1)        # (N, 2, C)
-        dkey = context_backward(by_position(x, last), key, weights, both, by_position(dx, last))
-        return dx, dkey, torch.zeros_like(key[:1]), *[None] * 4, *dparameters      # a bias cancels in the softmax
+        x, p, q, w, slope, z, h, *gate = ctx.saved_tensors
+        space, compiled, numbers = axis_of_space(x), compiles(x), ctx.numbers
+        y, ds = as_it_lies(x, space), as_it_lies(ds, space)
+        dx, hm = empty_beside(y, ds), torch.empty_like(y, dtype=w.dtype)
+        big = list(zip(*(n.unbind() for n in (hm, y, *(n.unsqueeze(space) for n in (p, q, w))))))
+        hm[0] = numbers[1]                                                        # Hm[t-1] at t
+        for before, after in zip(big, hm[1:].unbind()):
+            _membrane(compiled, *before, after, numbers)
+        dhm, dmean = torch.zeros_like(hm[0]), torch.zeros_like(p[0])
+        dw, da, dz, dh = (torch.zeros_like(n) for n in (w, w, z, h))
+        dp_da = p * q / ctx.alpha                                                 # a: W_2's output
+        for t, (now, ds_t, dx_t) in reversed(list(enumerate(zip(big, ds.unbind(), dx.unbind())))):
+            spread = (dmean / y.shape[space]).unsqueeze(space)                    # over the positions whose mean it is
+            dp, dq, dw_t = _step_backward(compiled, dhm, ds_t, spread, *now, dx_t, space, numbers)
+            dw[t].copy_(dw_t)
+            if not ctx.fixed[t]:
+                w1, _, w2, _ = gate
+                torch.mul((dp - dq).addcmul_(dw_t, slope[t]), dp_da[t], out=da[t])
+                dhidden = torch.mul(da[t] @ w2, h[t] > 0, out=dh[t])
+                torch.mm(dhidden, w1, out=dz[t])
+            dmean = dz[t]
+        dgate = [n for d, seen in ((dh, z), (da, h)) for n in (d.flatten(0, 1).T @ seen.flatten(0, 1), d.sum((0, 1)))]
+        return as_it_was(dx, space, x.shape), dz, dw, dw * p, None, None, None, *(dgate if gate else [])
 
 
-class Tape:
-    """A small differentiable function of detached inputs, run now and differentiated later."""
+# Layout.
 
-    def __init__(self, function: Callable, *inputs: Tensor):
-        with torch.enable_grad():
-            self.inputs = [x.detach().requires_grad_() for x in inputs]
-            out = function(*self.inputs)
-        self.graph = [out] if isinstance(out, Tensor) else list(out)
-        self.out = [y.detach() for y in self.graph]
-
-    def backward(self, grads, parameters, so_far) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The gradients of the inputs, and those of the parameters added to `so_far`; None where there is none."""
-        used = [(y, grad) for y, grad in zip(self.graph, grads) if y.requires_grad]
-        if not used:
-            return [torch.zeros_like(x) for x in self.inputs], so_far
-        outputs, grads = zip(*used)
-        wanted = [*self.inputs, *(p for p in parameters if p.requires_grad)]
-        found = iter(torch.autograd.grad(outputs, wanted, grads, retain_graph=True, allow_unused=True))
-        inputs = [torch.zeros_like(x) if g is None else g for x, g in zip(self.inputs, found)]
-        own = [next(found) if p.requires_grad else None for p in parameters]
-        return inputs, [new if old is None else old if new is None else old + new for old, new in zip(so_far, own)]
+def axis_of_space(x: Tensor) -> int:
+    """Where it lies in memory: before the channels, or after."""
+    return -2 if is_channels_last(x) else -1
 
 
-def by_position(x: Tensor, last: bool) -> Tensor:
-    """(T B, HW, C), a view."""
-    return x.flatten(0, 1).flatten(1, 2) if last else x.flatten(0, 1).flatten(2).mT
+def as_it_lies(x: Tensor, space: int) -> Tensor:
+    """x (T, B, C, H, W) in the order of memory and contiguous: (T, B, HW, C) or (T, B, C, HW)."""
+    return (x.permute(0, 1, 3, 4, 2).flatten(2, 3) if space == -2 else x.flatten(3)).contiguous()
 
 
-def wide(numbers: list[Tensor], last: bool) -> list[Tensor]:
-    """(B, C) over space."""
-    return [n[:, None, None] if last else n[..., None, None] for n in numbers]
+def as_it_was(x: Tensor, space: int, shape: torch.Size) -> Tensor:
+    """The inverse of `as_it_lies`."""
+    x = x.unflatten(space, shape[3:])
+    return x.permute(0, 1, 4, 2, 3) if space == -2 else x
 
 
-def context_backward(x: Tensor, key: Tensor, weights: Tensor, grad: Tensor, dx: Tensor) -> Tensor:
-    """Add the gradient of weights @ x, (N, 2, C), to dx; the gradient of key. x, dx: (N, HW, C).
+def by_position(x: Tensor, space: int) -> Tensor:
+    """(T B, HW, C) of x as it lies, a view."""
+    return x.flatten(0, 1) if space == -2 else x.flatten(0, 1).mT
 
-    What reaches a position is the sum of three outer products: of the context, of the mean and of the logits.
-    """
-    y, k = x.to(key.dtype), weights[:, :1]
-    dk = grad[:, :1] @ y.mT                                             # (N, 1, HW)
-    dlogits = k * (dk - (k * dk).sum(-1, keepdim=True))
-    here = torch.cat([weights, dlogits], 1)                             # (N, 3, HW)
-    there = torch.cat([grad, key.expand(len(grad), 1, -1)], 1)          # (N, 3, C)
-    dx.baddbmm_(here.mT.to(dx.dtype), there.to(dx.dtype))
-    return (dlogits @ y).sum((0, 1))
 
+# One time step: (B, HW, C) or (B, C, HW); p, q, w and dmean have one number there for all of space.
 
 def one_pass(in_place: Callable, **options) -> Callable:
     """A function of tensors and the neuron's numbers (v_th, v_reset, a), called as function(compiled, ...): compiled,
@@ -169,8 +189,7 @@ def _membrane_in_place(hm, x, p, q, w, out, v_th, v_reset, a):
     reset(out, u, v_th, v_reset)
 
 
-def _step_backward_in_place(dhm, ds, dmean, hm, x, p, q, w, dx, last, v_th, v_reset, a):
-    space = (1, 2) if last else (2, 3)
+def _step_backward_in_place(dhm, ds, dmean, hm, x, p, q, w, dx, space, v_th, v_reset, a):
     dhm += dmean
     u, room = potential(hm, x, p, q, w), torch.empty_like(hm)
     fire_backward_in_place(u, ds.to(u.dtype), dhm, 1.0, v_th, v_reset, a, (room, dhm), du := torch.empty_like(hm))
@@ -200,10 +219,9 @@ def _membrane(hm, x, p, q, w, out, settings):
 
 
 @one_pass(_step_backward_in_place)
-def _step_backward(dhm, ds, dmean, hm, x, p, q, w, dx, last: bool, settings):
+def _step_backward(dhm, ds, dmean, hm, x, p, q, w, dx, space: int, settings):
     """dp, dq, dw (B, C); dX[t] into dx; dHm[t-1], but for what comes by its mean, takes the place of dHm[t]."""
     v_th, v_reset, a = settings.unbind()
-    space = (1, 2) if last else (2, 3)
     du = fire_backward(p * hm + q * x + w, ds, dhm + dmean, v_th, v_reset, a)
     dx.copy_(q * du)
     sums = [d.sum(space) for d in (du * hm, du * x, du)]

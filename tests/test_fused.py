@@ -231,6 +231,22 @@ def test_compiled_in_one_graph():
         assert metrics.generated_kernel_count == 1, name
 
 
+@pytest.mark.parametrize("neuron, most", [("lif", 2), ("staa", 4)])
+def test_compiled_once_for_all_shapes(neuron, most):
+    """LIF forward and backward; STAA's three functions, one of them once more for the first time step. A process that
+    compiled for each shape would stop compiling at the eighth."""
+    fused.WORTH_COMPILING = 0
+    fused.compiler("cpu")  # compiles something itself
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for T, B, C, H, W in ((4, 2, 8, 6, 5), (4, 3, 16, 11, 7), (4, 5, 24, 9, 13), (4, 2, 12, 10, 3)):
+        x = current((T, B, C, H, W), torch.float32, channels_last=True)
+        layer = staa.networks.NEURONS[neuron](C, T)
+        for _ in range(2):
+            layer(x.clone().requires_grad_()).sum().backward()
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= most
+
+
 def test_a_changed_equation_takes_the_reference():
     """A subclass with its own charge, a learned decay, and a block that somebody listens to are computed as written."""
     class Adding(LIF):
@@ -273,7 +289,7 @@ def test_a_changed_equation_takes_the_reference():
 def test_the_switch(monkeypatch):
     called = []
     monkeypatch.setattr(fused, "lif", lambda *a: called.append("lif"))
-    monkeypatch.setattr(fused_staa, "aggregated", lambda x, *a: called.append("staa"))
+    monkeypatch.setattr(fused_staa, "mixed", lambda *a: called.append("staa"))
     fused.enabled = False
     LIF()(torch.zeros(2, 1))
     STAALIF(4, 2)(torch.zeros(2, 1, 4, 3, 3))
@@ -300,7 +316,7 @@ def test_without_a_compiler(monkeypatch):
 
 
 def test_twice_backward_through_one_graph():
-    """backward(retain_graph=True) may be called again: the tapes are not spent."""
+    """backward(retain_graph=True) may be called again, though the gradient is added to in place."""
     neuron, x = shaken(STAALIF(4, 2, beta=0.0).double()), current((2, 1, 4, 3, 3)).requires_grad_()
     s = neuron(x)
     first, = torch.autograd.grad(s.sum(), x, retain_graph=True)
