@@ -1,4 +1,4 @@
-"""Neurons and networks against their peers, in one run: python benchmarks/speed.py [--device cuda] [--rounds 15].
+"""Neurons and networks against their peers, in one run: python benchmarks/speed.py [--device cuda] [--rounds 30].
 
 Each LIF neuron is the same one: decay 0.25, threshold 1, hard reset to 0; that it gives the same spikes is checked
 before anything is timed. Surrogates are rectangular, but for norse, which has none. The current is channels-last, as
@@ -229,6 +229,6 @@ def main(device: torch.device, rounds: int):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
     main(torch.device(arguments.device), arguments.rounds)

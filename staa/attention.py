@@ -220,7 +220,7 @@ class STAALIF(LIF):
         if any(dropped):
             kept = torch.ones_like(w[:, :1, :1])
             for t, drop in enumerate(dropped):
-                kept[t] = not drop
+                kept[t].fill_(not drop)  # a mask from the host would make it wait for a GPU
             w, slope = kept * w, kept * slope
         fixed = [(1.0, 1.0) if drop else step for drop in dropped]
         return fused_staa.mixed(x, mean + added + pe_membrane, w, slope, gate, alpha, fixed, self.numbers()[2:])

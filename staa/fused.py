@@ -105,13 +105,11 @@ def empty_beside(*tensors: Tensor) -> Tensor:
     like, page = tensors[0], 4096
     if like.device.type != "cpu" or like.numel() < WORTH_COMPILING:
         return torch.empty_like(like)
-    room = like.new_empty(like.numel() + page // like.element_size())
-
-    def distance(start: int) -> int:
-        apart = [(room.data_ptr() + start - t.data_ptr()) % page for t in tensors]
-        return min(min(d, page - d) for d in apart)
-
-    start = max(range(64, page, 64), key=distance) // like.element_size()
+    room = like.new_empty(like.numel() + 2 * page // like.element_size())
+    taken = sorted(t.data_ptr() % page for t in tensors)
+    gap, before = max((b - a, a) for a, b in zip(taken, [*taken[1:], taken[0] + page]))
+    start = (before + gap // 2 - room.data_ptr()) % page // 64 * 64 or page  # 0 would be compiled for once more
+    start //= like.element_size()
     return room[start:start + like.numel()].view(like.shape)
 
 
@@ -197,7 +195,7 @@ def fire_backward(u, ds, dhm, v_th, v_reset, a) -> Tensor:
 
 def select(y: Tensor, v: Tensor, low: float, high: float, out: Tensor) -> None:
     """y where low < v < high and 0 elsewhere, in one pass."""
-    torch.ops.aten.hardtanh_backward(y, v, low, high, grad_input=out)
+    torch.ops.aten.hardtanh_backward.grad_input(y, v, low, high, grad_input=out)  # named in full: twice as fast to call
 
 
 def reset(hm: Tensor, u: Tensor, v_th: float, v_reset: float) -> None:
