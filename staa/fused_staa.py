@@ -97,7 +97,8 @@ class _Mixed(torch.autograd.Function):
             else:
                 w1, b1, w2, b2 = gate
                 torch.add(seen[t], hm.mean(space) if t else v_reset, out=z[t])
-                hidden = torch.addmm(b1, z[t], w1.T, out=h[t]).relu_()
+                hidden = torch.addmm(b1, z[t], w1.T).relu_()
+                h[t].copy_(hidden)  # counters of operations do not know `out`
                 torch.mul(torch.addmm(b2, hidden, w2.T).sigmoid_(), alpha, out=p_t)
                 torch.sub(alpha, p_t, out=q_t)
             w_t.addcmul_(p_t, slope[t])
@@ -128,7 +129,7 @@ class _Mixed(torch.autograd.Function):
                 w1, _, w2, _ = gate
                 torch.mul((dp - dq).addcmul_(dw_t, slope[t]), dp_da[t], out=da[t])
                 dhidden = torch.mul(da[t] @ w2, h[t] > 0, out=dh[t])
-                torch.mm(dhidden, w1, out=dz[t])
+                dz[t].copy_(dhidden @ w1)
             dmean = dz[t]
         dgate = [n for d, seen in ((dh, z), (da, h)) for n in (d.flatten(0, 1).T @ seen.flatten(0, 1), d.sum((0, 1)))]
         return as_it_was(dx, space, x.shape), dz, dw, dw * p, None, None, None, *(dgate if gate else [])
