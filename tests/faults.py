@@ -194,6 +194,11 @@ def at_write(part: str, nth: int, act):
     sys.addaudithook(hook)
 
 
+def at_rename(part: str, act):
+    """Call `act` where something is about to be moved to a path that ends in `part`."""
+    sys.addaudithook(lambda event, args: act() if event == "os.rename" and str(args[1]).endswith(part) else None)
+
+
 def hold(here: Path, until: Path):
     """Say that one is here, and go on when `until` exists."""
     here.touch()

@@ -170,6 +170,16 @@ def test_a_data_set_whose_unpacking_was_killed_is_whole_the_next_time(tmp_path, 
     assert left == [], "what a killed process left is removed"
 
 
+def test_a_data_set_killed_between_its_folders_is_whole_the_next_time(tmp_path, unpacked):
+    believe, work = partial(faults.believe, cifar10dvs(tmp_path)), partial(contents, "cifar10dvs")
+    dies = partial(one_after_the_other, believe, partial(faults.at_rename, "CIFAR10DVS/horse", kill))
+    assert apart(tmp_path, fault=dies, work=work)[0] == -signal.SIGKILL
+    there = [path.name for path in (tmp_path / "data" / "CIFAR10DVS").iterdir() if path.is_dir()]
+    assert 0 < len(there) < 10
+    code, _, found = apart(tmp_path, fault=believe, work=work)
+    assert code == 0 and found == unpacked("cifar10dvs"), found if isinstance(found, Exception) else ""
+
+
 @pytest.mark.parametrize("name, part", [("nmnist", "Train/9/00001.bin"), ("cifar10", "test_batch")])
 def test_who_finds_a_data_set_being_unpacked_waits_for_it(tmp_path, unpacked, name, part):
     believe, work = partial(faults.believe, ARCHIVES[name](tmp_path)), partial(contents, name)
