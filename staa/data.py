@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.transforms import InterpolationMode, v2
 
 from . import events, frames, records
 from .frames import Cutout
@@ -65,7 +63,7 @@ class Rows:
         return image * (step[:, None] == torch.arange(self.T)[:, None, None, None])
 
 
-def transform(name: str, size: int, augment: str = "none", T: int = 1) -> v2.Compose:
+def transform(name: str, size: int, augment: str = "none", T: int = 1) -> Callable:
     """Image to normalised tensor (C, size, size), for training with an augmentation's name, for testing with "none";
     to frames (T, C, size, size) where the dataset is a sequence.
 
@@ -73,6 +71,8 @@ def transform(name: str, size: int, augment: str = "none", T: int = 1) -> v2.Com
     policy) and Cutout 16, as the authors' code does. "imagenet": random resized crop and flip. Of events: frames to
     float32, augmented as `staa.frames.augmentation` says.
     """
+    from torchvision.transforms import InterpolationMode, v2  # takes twice as long to import as torch
+
     about = describe(name)
     if about.sensor:
         return v2.Compose([v2.ToDtype(torch.float32), *frames.augmentation(augment, size)])
@@ -136,7 +136,7 @@ def load(name: str, train: bool, root: Path | None = None) -> Labelled:
         return events.Recordings(base, train, root)
     if base == "imagefolder":
         return _image_folder(root / (sub or base), train)
-    return _cifar({"cifar10": CIFAR10, "cifar100": CIFAR100}[base], root, train)
+    return _cifar(base.upper(), root, train)
 
 
 def load_for(config, train: bool, root: Path | None = None) -> Labelled:
@@ -149,7 +149,10 @@ def load_for(config, train: bool, root: Path | None = None) -> Labelled:
                          size=config.image_size)
 
 
-def _cifar(cls, root: Path, train: bool) -> Labelled:
+def _cifar(name: str, root: Path, train: bool) -> Labelled:
+    import torchvision.datasets
+
+    cls = getattr(torchvision.datasets, name)
     try:
         try:
             return cls(root, train, download=False)
@@ -163,21 +166,23 @@ def _cifar(cls, root: Path, train: bool) -> Labelled:
             "unpacked, or set STAA_DATA to the folder that holds it.") from None
 
 
-class _Images(ImageFolder):
-    def __getitem__(self, i: int):
-        try:
-            return super().__getitem__(i)
-        except Exception as error:  # each format fails in its own ways
-            raise DataError(f"the image {self.samples[i][0]} cannot be read ({records.reason(error)}); replace or "
-                            "remove it.") from None
+def _read_image(path: str):
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except Exception as error:  # each format fails in its own ways
+        raise DataError(f"the image {path} cannot be read ({records.reason(error)}); replace or remove it.") from None
 
 
 def _image_folder(root: Path, train: bool) -> Labelled:
+    from torchvision.datasets import ImageFolder
+
     names = ["train"] if train else ["val", "test"]
     for split in names:
         if (root / split).is_dir():
             try:
-                images = _Images(root / split)
+                images = ImageFolder(root / split, loader=_read_image)
             except FileNotFoundError as error:
                 raise DataError(f"the folder {root / split} must hold one folder of images a class ({error})."
                                 ) from None

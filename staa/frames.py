@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
 from . import records
 from .records import DataError, Labelled
@@ -97,6 +96,8 @@ def augmentation(names: str, size: int) -> list:
     "roll": by up to 5 of 48 pixels, and "flip", left-right: those of the authors' earlier public code (MPBN). "rotate":
     by up to 15 degrees. "cutout": a square of 8 of 48 pixels. "mixup" takes two recordings: `staa.data.View` does it.
     """
+    from torchvision.transforms import v2
+
     steps = {"flip": v2.RandomHorizontalFlip(), "roll": Roll(max(size * 5 // 48, 1)), "rotate": v2.RandomRotation(15),
              "cutout": Cutout(max(size // 6, 1)), "mixup": None, "none": None}
     return [steps[name] for name in names.split("+") if steps[name]]

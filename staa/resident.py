@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
 
 from .config import Config
 from .data import View, batches, describe, mix
@@ -109,6 +108,8 @@ def auto_augment(x: Tensor, draw: torch.Generator) -> Tensor:
 
     Images whose draws agree are worked on together.
     """
+    from torchvision.transforms import InterpolationMode, v2
+
     policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
     chosen = torch.randint(len(policy._policies), (len(x),), generator=draw)
     chance, sign = torch.rand(2, len(x), 2, generator=draw)

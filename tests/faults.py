@@ -41,7 +41,7 @@ from staa.train import run
 
 # New processes that are as clean as a new interpreter, but torch is imported once for all of them.
 PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["staa.train", "tonic.datasets", "pytest"])
+PROCESSES.set_forkserver_preload(["staa.train", "torchvision", "tonic.datasets", "pytest"])
 PATIENCE = 60  # seconds until a hanging process fails its test
 
 #: Three epochs of three steps, the last one smaller, with everything on that an interruption could lose.

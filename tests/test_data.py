@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torchvision.datasets
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -51,7 +52,7 @@ def test_a_subset_larger_than_the_set_is_refused():
 def cifar_files(root, name, train=20, test=10):
     """Files of the official format with random pixels; returns the pixels of the training set."""
     rng = np.random.default_rng(0)
-    cls = {"cifar10": data.CIFAR10, "cifar100": data.CIFAR100}[name]
+    cls = getattr(torchvision.datasets, name.upper())
     folder = root / cls.base_folder
     folder.mkdir(parents=True)
     key, classes = ("labels", 10) if name == "cifar10" else ("fine_labels", 100)
@@ -74,7 +75,7 @@ def cifar_files(root, name, train=20, test=10):
 def cifar(tmp_path, monkeypatch):
     """Makes small official-format files and has torchvision accept their MD5."""
     def make(name):
-        cls = {"cifar10": data.CIFAR10, "cifar100": data.CIFAR100}[name]
+        cls = getattr(torchvision.datasets, name.upper())
         pixels, sums = cifar_files(tmp_path / "data", name)
         monkeypatch.setattr(cls, "train_list", [[f, sums[f]] for f, _ in cls.train_list])
         monkeypatch.setattr(cls, "test_list", [[f, sums[f]] for f, _ in cls.test_list])

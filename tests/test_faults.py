@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import test_events
 import torch
+import torchvision.datasets
 from faults import SMALL, apart, at_write, epochs_of, kill, kill_at_write, one_after_the_other
 from PIL import Image
 
@@ -111,7 +112,8 @@ def cifar10(root):
     """CIFAR-10's archive with 20 images for training and 10 for testing."""
     import test_data  # here, since it imports scikit-learn, which takes seconds in a process that does no more than unpack
 
-    cls, folder = data.CIFAR10, root / "data" / data.CIFAR10.base_folder
+    cls = torchvision.datasets.CIFAR10
+    folder = root / "data" / cls.base_folder
     _, sums = test_data.cifar_files(root / "data", "cifar10")
     with tarfile.open(root / "data" / cls.filename, "w:gz") as archive:
         archive.add(folder, cls.base_folder)
@@ -225,15 +227,15 @@ def test_a_damaged_archive_is_refused_in_one_sentence(tmp_path, monkeypatch, no_
 @pytest.mark.parametrize("file", ["data_batch_1", "data_batch_5", "test_batch", "batches.meta"])
 def test_a_damaged_file_of_cifar_is_refused_or_unpacked_again(tmp_path, monkeypatch, no_network, file, damage):
     for _, cls, attribute, value in cifar10(tmp_path):
-        monkeypatch.setattr(data.CIFAR10, attribute, value)
-    expected, path = contents("cifar10"), tmp_path / "data" / data.CIFAR10.base_folder / file
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, attribute, value)
+    expected, path = contents("cifar10"), tmp_path / "data" / torchvision.datasets.CIFAR10.base_folder / file
     content = path.read_bytes()
     path.write_bytes(next(flips(content, 1)) if damage == "flipped" else content[:-1])
     damaged = path.read_bytes()
     if file != "batches.meta":  # torchvision does not unpack for the sake of the classes' names
         assert contents("cifar10") == expected and path.read_bytes() == content
         path.write_bytes(damaged)
-    (tmp_path / "data" / data.CIFAR10.filename).unlink()
+    (tmp_path / "data" / torchvision.datasets.CIFAR10.filename).unlink()
     with pytest.raises(DataError) as caught:
         contents("cifar10")
     assert one_sentence(caught, "missing or damaged")
@@ -484,7 +486,7 @@ def test_a_killed_process_that_loads_data_ends_the_run_in_one_sentence(root, mon
     """As the system kills one where memory is short; the next start makes the record of no such process."""
     truth = train.run(SMALL.but(epochs=1), device="cpu", workers=0, log=lambda line: None)
     shutil.rmtree(root / "runs")
-    read = data._Images.__getitem__
+    read = torchvision.datasets.ImageFolder.__getitem__
 
     def fatal(images, i):
         if i == 21 and torch.utils.data.get_worker_info():
@@ -492,7 +494,7 @@ def test_a_killed_process_that_loads_data_ends_the_run_in_one_sentence(root, mon
         return read(images, i)
 
     with monkeypatch.context() as patched, pytest.raises(TrainingError, match="that loads data .* was killed") as caught:
-        patched.setattr(data._Images, "__getitem__", fatal)
+        patched.setattr(torchvision.datasets.ImageFolder, "__getitem__", fatal)
         patched.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds until a killed one is missed
         with_workers()
     assert one_sentence(caught, "start the run again")
