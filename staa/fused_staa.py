@@ -45,7 +45,7 @@ class _Pooled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, key, bias):
         space = axis_of_space(x)
-        y = by_position(as_it_lies(x, space), space).to(membrane_type(x))          # (N, HW, C), N = T B
+        y = by_position(as_it_lies(x, space), space).to(membrane_type(x))         # (N, HW, C), N = T B
         k = (y @ key).softmax(-1)                                                 # (N, HW), eq. 7
         weights = torch.stack([k, torch.full_like(k, 1 / k.shape[1])], 1)         # (N, 2, HW)
         ctx.save_for_backward(x, key, weights)
