@@ -11,8 +11,8 @@ from staa import records
 NOTEBOOKS = sorted((records.ROOT / "notebooks").glob("*.ipynb"))
 #: Parameters that an item may lack, because its grid varies them itself. None yet.
 VARIED: dict[str, set[str]] = {}
-#: Notebooks that are about statistics, and so ask for several seeds as they stand.
-SEVERAL_SEEDS = {"table4", "convergence"}
+#: Notebooks that compare few rows, and so ask for several seeds as they stand.
+SEVERAL_SEEDS = {"position_encoding", "table4", "convergence"}
 #: The story of the formulas: it takes more cells, defines functions, and has no parameters, since it makes no run.
 STORY = "derivation"
 
