@@ -155,9 +155,10 @@ class _SyncBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(x)
         over, shape, given = (0, *range(2, x.dim())), (1, -1, *[1] * (x.dim() - 2)), x.dtype
-        n = self.peers.sum(torch.tensor(x.numel() / x.shape[1], dtype=torch.float64, device=x.device)).item()
         x = x.float()
-        mean = _Sum.apply(x.sum(over), self.peers) / n
+        sums = _Sum.apply(torch.cat([x.sum(over), x.new_full((1,), x.numel() / x.shape[1])]), self.peers)
+        n = sums[-1].detach()  # a tensor: its number would make the host wait for a GPU
+        mean = sums[:-1] / n
         centred = x - mean.view(shape)
         var = _Sum.apply(centred.square().sum(over), self.peers) / n
         with torch.no_grad():
@@ -192,7 +193,7 @@ class Statistics:
 
     def settle(self, peers: Peers) -> None:
         """After the last microbatch: the mean over all of them, on all processes."""
-        self.put(peers.sum(self.total) / peers.sum(torch.tensor(float(self.count), device=self.total.device)))
+        self.put(peers.sum(self.total) / peers.sum(self.total.new_full((), self.count)))
         for number, then in self.tracked:
             number.copy_(then)
 
