@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +102,18 @@ class Digits(Dataset):
     """scikit-learn's bundled digits as grey PIL images of 8 x 8; every fifth image of each class is for testing."""
 
     def __init__(self, train: bool):
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        rank = np.zeros(len(digits.target), dtype=int)
+        # Its file, without scikit-learn, which takes as long to import as torch.
+        package = find_spec("sklearn")
+        if not package or not package.origin:
+            raise DataError("the digits come with scikit-learn, which is not installed; the extra notebooks has it.")
+        path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        pixels, target = np.split(np.loadtxt(path, delimiter=",", dtype=int), [64], axis=1)
+        rank = np.zeros(len(target), dtype=int)
         for k in range(10):
-            rank[digits.target == k] = np.arange((digits.target == k).sum())
+            rank[target[:, 0] == k] = np.arange((target == k).sum())
         self.indices = np.flatnonzero((rank % 5 != 4) == train)
-        self.data = np.round(digits.images[self.indices] * (255 / 16)).astype(np.uint8)
-        self.targets = digits.target[self.indices].tolist()
+        self.data = np.round(pixels[self.indices].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        self.targets = target[self.indices, 0].tolist()
         self.classes = [str(k) for k in range(10)]
 
     def __len__(self) -> int:

@@ -223,7 +223,10 @@ class firing_rates:
         return {name: float(s.sum()) / max(self.count[name], 1) for name, s in self.spikes.items()}
 
     def _add(self, name, layer, inputs, spikes):
-        total = spikes.detach().flatten(1).sum(1, dtype=torch.float64)
+        # A sample's spikes are counted in float32 without error, and in a fraction of float64's time.
+        maps = spikes.detach()[..., None]  # (T, B, ..., 1)
+        each = maps.sum(tuple(range(2, maps.dim())), dtype=torch.promote_types(maps.dtype, torch.float32))
+        total = each.sum(1, dtype=torch.float64)
         self.spikes[name] = self.spikes[name].to(spikes.device) + total
         self.count[name] += spikes.numel()
 

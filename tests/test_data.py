@@ -26,6 +26,12 @@ def test_the_digits_split_is_disjoint_complete_and_fair():
     assert (abs(np.bincount(test.targets) - np.bincount(source.target) / 5) < 1).all()
 
 
+def test_without_scikit_learn_there_are_no_digits_and_one_sentence(monkeypatch):
+    monkeypatch.setattr(data, "find_spec", lambda name: None)
+    with pytest.raises(data.DataError, match="^the digits come with scikit-learn, which is not installed"):
+        load("digits", True)
+
+
 def test_mean_and_deviation_are_those_of_the_training_digits():
     pixels = load("digits", True).data / 255
     about = data.describe("digits")
