@@ -32,7 +32,8 @@ list: $(READY)   ## each notebook, its cost, and how many of its runs have a rec
 	@$(BIN)/python -m staa.page list
 
 test: $(READY)   ## the test suite, and nbval over every notebook
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+# Three on two cores, since many a test waits; a thread each, or they wait for each other.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 	dir=$$(mktemp -d) && export STAA_RUNS=$$dir/runs STAA_FIGURES=$$dir/figures OMP_NUM_THREADS=1 && $(BIN)/python -m staa.page train && \
 		$(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout=1200 notebooks; status=$$?; rm -rf $$dir; exit $$status
 

@@ -19,6 +19,8 @@ from .distributed import Peers
 #: fewer groups for each.
 CHUNK = 4096
 AUGMENTATIONS = ("none", "standard", "autoaugment")
+#: So many images are evaluated at once, at least: where batches are smaller, it is for the sake of learning.
+EVALUATED = 64
 
 
 def fits(view: View, augment: str, device: torch.device) -> bool:
@@ -37,7 +39,7 @@ class Loader:
         self.resident: dict[int, Images] = {}
 
     def __call__(self, view: View, augment: str, *, shuffle: bool) -> Iterable[tuple[Tensor, Tensor]]:
-        size = self.config.batch_size
+        size = self.config.batch_size if shuffle else max(self.config.batch_size, EVALUATED)
         if self.peers.size == 1 and fits(view, augment, self.device):
             key = id(view.dataset)
             if key not in self.resident:
