@@ -32,13 +32,13 @@ def figure3(series: Series) -> Figure:
     axes.axvline(0.1, color=COLORS["ann"], lw=0.8, ls=":", label="0.1: the paper's choice")
     over_setting(axes, series)
     axes.set(xlabel="probability of TSRD", xlim=(-0.03, 1.03), xticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
-    figure.legend(loc="outside upper center", ncols=1)
+    figure.legend(loc="outside upper center", ncols=1, borderpad=0)
     return figure
 
 
 def figure5(series: Series) -> Figure:
     """Accuracy over r; on the second axis what r costs in parameters and multiply-adds, against r = 4."""
-    figure, axes = plt.subplots(figsize=(COLUMN, 2.7))
+    figure, axes = plt.subplots(figsize=(COLUMN, 3))
     axes.axvline(4, color=COLORS["ann"], lw=0.8, ls=":", label="4: the paper's choice")
     over_setting(axes, series)
     rows = next(iter(series.values()))
@@ -53,7 +53,7 @@ def figure5(series: Series) -> Figure:
     axes.set(xlabel="scaling coefficient r of GC", xscale="log")
     axes.set_xticks(ticks := [1, 2, 4, 8, 16], [str(r) for r in ticks])
     axes.minorticks_off()
-    figure.legend(loc="outside upper center", ncols=2)
+    figure.legend(loc="outside upper center", ncols=1, borderpad=0)
     return figure
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_tables import record, rows
 
-from staa import Record, curves, samples, stats, studies, tables
+from staa import Record, curves, plots, samples, stats, studies, tables
 from staa.data import load
 from staa.experiments import FIGURE3, FIGURE5, TABLE4, TABLE4_STEPS
 
@@ -104,7 +104,8 @@ def test_convergence_counts_epochs_to_the_common_loss():
 
 @pytest.mark.parametrize("draw, table", [(curves.figure3, FIGURE3), (curves.figure5, FIGURE5)])
 def test_a_figure_draws_every_row_and_every_training(vouched, draw, table):
-    grid(table, vouched, dataset="cifar10")
+    plots.style()
+    grid(table, vouched, dataset="cifar10", train_images=10_000, width=0.25)
     runs = grid(table, width=1 / 16, image_size=16)
     figure = draw(studies.series(table, runs))
     lines = [c.lines[0] for c in figure.axes[0].containers]
@@ -115,6 +116,9 @@ def test_a_figure_draws_every_row_and_every_training(vouched, draw, table):
     if draw is curves.figure5:
         parameters = figure.axes[1].lines[0].get_ydata()
         assert parameters == pytest.approx([100 * (1000 - i) / 998 - 100 for i in range(5)])
+    figure.canvas.draw()
+    legend, page = figure.legends[0].get_window_extent(), figure.bbox
+    assert page.x0 <= legend.x0 and legend.x1 <= page.x1 and legend.y1 <= page.y1, "the legend leaves the page"
     plt.close(figure)
 
 
