@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 
 enabled = os.environ.get("STAA_FUSED", "1") != "0"
 
-#: Elements from which a current is worth the seconds that compiling takes, once a process: about a thousand steps.
-WORTH_COMPILING = 2 ** 22
+#: Elements from which a current is worth the seconds that compiling takes, once a process.
+WORTH_COMPILING = 2 ** 21
 #: Elements of one slice on a CPU.
 SLICE = 2 ** 19
 
