@@ -55,7 +55,7 @@ class Config:
     clip_norm: float = 0.0             # 0: gradients are not clipped
     seed: int = 0
     # arithmetic
-    precision: str = "float32"         # "bf16": mixed precision
+    precision: str = "float32"         # "bf16": mixed precision. On a GPU float32 convolves in TF32
     channels_last: bool = True
     threads: int = 1                   # of the CPU; it is here because sums depend on it in their last bits
 

@@ -68,7 +68,7 @@ class Peers:
         if self.size == 1:
             return
         parameters = list(network.parameters())
-        has = self.sum(torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device))
+        has = self.sum(torch.tensor([float(p.grad is not None) for p in parameters]))  # a CPU's: no GPU is waited for
         parameters = [p for p, any_has in zip(parameters, has.tolist()) if any_has]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         whole = self.sum(torch.cat([g.flatten() for g in gradients]))
@@ -208,7 +208,7 @@ def join(device: torch.device) -> Peers:
     if not started():
         return ALONE
     if not dist.is_initialized():
-        # A peer that waits for the lock of a run, or loads data, is slow and not lost: a dead one is noticed at once.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+        # A peer that waits for the lock of a run, or loads data, is slow and not lost: gloo notices a dead one at once.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
         atexit.register(dist.destroy_process_group)
     return Peers(dist.get_rank(), dist.get_world_size())

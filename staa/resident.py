@@ -2,7 +2,8 @@
 
 Each sample is cropped, flipped, auto-augmented and cut out by its own draws, as in `staa.data.transform`, and in
 distribution the two are equal. The draws are not: they are those of a generator seeded by (seed, epoch), for the whole
-epoch at once, on the CPU, so that the GPU is never waited for.
+epoch at once, on the CPU, and sent ahead, so that the GPU is not waited for. (Some of torchvision's operations for
+AutoAugment make a small tensor on the device and wait for that, some forty times in CHUNK images.)
 """
 
 from collections.abc import Iterable, Iterator
@@ -78,7 +79,7 @@ class Batches:
         n, device, draw = len(self.images.labels), self.images.labels.device, self.generator
         order = torch.randperm(n, generator=draw) if self.shuffle else torch.arange(n)
         for part in order.split(max(CHUNK // self.batch_size, 1) * self.batch_size):
-            part = part.to(device, non_blocking=True)
+            part = sent(part, device)
             x = self.images.images[part]                                            # (n, H, W, C)
             if self.augment != "none":
                 x = crop_and_flip(x, draw)
@@ -91,6 +92,11 @@ class Batches:
             yield from zip(x.split(self.batch_size), self.images.labels[part].split(self.batch_size))
 
 
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device; a GPU fetches it when it gets there, which it can from pinned memory only."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 def crop_and_flip(x: Tensor, draw: torch.Generator) -> Tensor:
     """x (n, H, W, C), each moved by up to an eighth of its size both ways, black coming in, and flipped or not."""
     n, height, width, _ = x.shape
@@ -101,7 +107,7 @@ def crop_and_flip(x: Tensor, draw: torch.Generator) -> Tensor:
     column = torch.arange(width)
     rows = dy + torch.arange(height)[:, None]
     columns = dx + torch.where(flipped, width - 1 - column, column)
-    rows, columns = (index.to(x.device, non_blocking=True) for index in (rows, columns))
+    rows, columns = sent(rows, x.device), sent(columns, x.device)
     return x[torch.arange(n, device=x.device)[:, None, None], rows, columns]
 
 
@@ -128,7 +134,7 @@ def auto_augment(x: Tensor, draw: torch.Generator) -> Tensor:
             magnitudes, _ = policy._AUGMENTATION_SPACE[name]
             magnitude = magnitudes(10, *x.shape[-2:])
             magnitude = 0.0 if magnitude is None else float(magnitude[level]) * (-1 if negative else 1)
-            index = torch.tensor(members).to(x.device, non_blocking=True)
+            index = sent(torch.tensor(members), x.device)
             x[index] = policy._apply_image_or_video_transform(
                 x[index], name, magnitude, interpolation=InterpolationMode.NEAREST, fill=policy._fill)
     return x
@@ -141,5 +147,5 @@ def cutout(x: Tensor, length: int, draw: torch.Generator) -> Tensor:
     for size, shape in ((height, (n, 1, height, 1)), (width, (n, 1, 1, width))):
         start = torch.randint(size, (n, 1), generator=draw) - length // 2
         position = torch.arange(size)
-        inside.append(((position >= start) & (position < start + length)).view(shape).to(x.device, non_blocking=True))
+        inside.append(sent(((position >= start) & (position < start + length)).view(shape), x.device))
     return x.masked_fill(inside[0] & inside[1], 0)

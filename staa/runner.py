@@ -5,6 +5,7 @@ import queue
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
+from traceback import clear_frames
 
 import torch
 
@@ -70,9 +71,14 @@ def _outcomes(configs, log):
 
 
 def attempt(config: Config, log) -> Record | Exception:
+    """The record, or what the run failed with."""
     try:
         return run(config, log=log)
     except (RuntimeError, OSError) as error:
+        cause: BaseException | None = error
+        while cause:  # its frames hold the network and its activations: a GPU has no room for the next run beside them
+            clear_frames(cause.__traceback__)
+            cause = cause.__context__
         return error
 
 

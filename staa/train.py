@@ -41,8 +41,8 @@ def run(config: Config, *, device: str | torch.device | None = None, data_root: 
     """The record of this run, from disk or from training; logs one line an epoch.
 
     device: "cpu", "cuda", ...; by default a GPU where there is one. workers: processes that load data; by default one
-    a core, at most eight, for a GPU and 5,000 images or more, and else none: beside a CPU's step loading costs next to
-    nothing, and starting a process costs seconds. Neither changes the outcome on a CPU.
+    a core, at most eight, for a GPU and 5,000 images or 500 recordings of events, and else none: beside a CPU's step
+    loading costs next to nothing, and starting a process costs seconds. Neither changes the outcome on a CPU.
     The run lives in runs/NAME: checkpoint.pt after every epoch, at the end record.json and weights.safetensors
     (weights.pt where safetensors is not installed). Where another process trains the same run, this one waits and
     reads. Raises DataError, RecordError or TrainingError, one sentence.
@@ -121,7 +121,7 @@ def _train(config: Config, place: Path, device, data_root, workers, log, peers: 
         raise TrainingError(f"the last batch of {config} has fewer images than there are processes ({peers.size}); "
                             "choose another batch_size or train_images.")
     if workers is None:
-        few = device.type == "cpu" or len(indices) < 5_000
+        few = device.type == "cpu" or len(indices) < (500 if data.describe(config.dataset).sensor else 5_000)
         workers = 0 if few else min(len(os.sched_getaffinity(0)), 8)
     if device.type == "cpu":
         memory.keep_freed()
@@ -187,7 +187,7 @@ def train_epoch(network, optimizer, loader, config: Config, epoch: int, device, 
         if config.clip_norm:
             nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
         optimizer.step()
-    losses = peers.sum(torch.stack(losses).double())  # the one place where the host waits for a GPU
+    losses = peers.sum(torch.stack(losses).double())  # the one place where the host of one GPU waits for it
     correct, images = peers.sum(counts).tolist()
     if not losses.isfinite().all():
         step = int((~losses.isfinite()).nonzero()[0])

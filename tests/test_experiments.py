@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -186,3 +189,21 @@ def test_a_module_of_the_same_name_is_no_parameter():
     from staa import frames
 
     assert settings({"preset": "smoke", "seeds": 1, "frames": frames}).changes == {}
+
+
+def test_a_failed_run_lets_go_of_its_network(monkeypatch):
+    """Else a GPU has no memory for the next run; where it failed is still told."""
+    networks = []
+
+    def fails(config, log):
+        network = torch.nn.Linear(2, 2)
+        networks.append(weakref.ref(network))
+        try:
+            raise ValueError("no room")
+        except ValueError:
+            raise RuntimeError("out of memory") from None
+
+    monkeypatch.setattr(runner, "run", fails)
+    error = runner.attempt(Config(), print)
+    gc.collect()
+    assert str(error) == "out of memory" and error.__traceback__ and networks[0]() is None
