@@ -2,7 +2,7 @@
 
 import json
 
-from speed import rows
+from speed import BATCH, rows
 from timing import HERE
 
 from staa import records
@@ -27,6 +27,10 @@ def described(found) -> str:
     return f"{m.get('device', m['processor'])}, {m['threads']} threads, torch {m['torch']}"
 
 
+def kind(found) -> str:
+    return "cuda" if "device" in found["machine"] else "cpu"
+
+
 def speed(found) -> str:
     goals = table(["quantity", "measured", "goal", ""],
                   [(what, f"{value:.2f}", goal, "" if not goal else "met" if met else "**missed**")
@@ -38,26 +42,28 @@ def speed(found) -> str:
     steps = [(name, f"{t['median']:.0f}", f"{t['quartiles'][0]:.0f} to {t['quartiles'][1]:.0f}",
               found["MiB kept for the backward pass"].get(name, "")) for name, t in found["network"].items()]
     return (f"## Neurons and networks\n\n{described(found)}, {found['rounds']} rounds.\n\n{goals}\n\n"
-            "One neuron, forward and backward, (T, B, C, H, W), float32:\n\n"
+            "One neuron, forward and backward, (T, B, C, H, W), float32 where no type is said:\n\n"
             f"{table(['current', 'neuron', 'median, ms', 'quartiles'], times)}\n\n"
-            "ResNet-20, T 4, batch 32, training step unless it says inference:\n\n"
+            f"ResNet-20, T 4, batch {BATCH[kind(found)]}, training step unless it says inference:\n\n"
             f"{table(['neurons', 'median, ms', 'quartiles', 'MiB kept'], steps)}\n")
 
 
 def scaling(found) -> str:
     return (f"## Scaling\n\nResNet-20 at width 1/4, T 4, batch 16, one of the three changed at a time. "
-            f"{described(found)}.\n\n![Training step and memory against T, batch and width](scaling-cpu.png)\n")
+            f"{described(found)}.\n\n"
+            f"![Training step and memory against T, batch and width](scaling-{kind(found)}.png)\n")
 
 
 def loader(found) -> str:
     lines = [(augment, f"{t['load']['median']:.0f}", f"{t['step']['median']:.0f}",
               f"{100 * t['load']['median'] / t['step']['median']:.1f} %")
              for augment, t in found["share of a step"].items()]
+    here = ", here on the CPU" if kind(found) == "cpu" else ""
     rates = [(augment, f"{rate:,}") for augment, rate in found["images a second from the device's memory"].items()]
     return (f"## Loading\n\nA batch of {found['batch']} CIFAR images against a training step of STAA ResNet-20 on it, "
             f"without worker processes. {described(found)}.\n\n"
             f"{table(['augmentation', 'loading, ms', 'step, ms', 'share'], lines)}\n\n"
-            "The loader of a GPU, which keeps the images in the device's memory, here on the CPU:\n\n"
+            f"The loader of a GPU, which keeps the images in the device's memory{here}:\n\n"
             f"{table(['augmentation', 'images a second'], rates)}\n")
 
 
@@ -70,7 +76,9 @@ def events(found) -> str:
 
 def main():
     parts = [TEXT]
-    for name, section in (("speed-cpu", speed), ("scaling-cpu", scaling), ("loader-cpu", loader), ("events", events)):
+    sections = {f"{name}-{device}": section for device in ("cpu", "cuda")
+                for name, section in (("speed", speed), ("scaling", scaling), ("loader", loader))}
+    for name, section in (sections | {"events": events}).items():
         if (path := HERE / f"{name}.json").exists():
             parts.append(section(json.loads(path.read_text())))
     if not list(HERE.glob("*-cuda.json")):

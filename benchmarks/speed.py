@@ -1,8 +1,8 @@
 """Neurons and networks against their peers, in one run: python benchmarks/speed.py [--device cuda] [--rounds 30].
 
 Each LIF neuron is the same one: decay 0.25, threshold 1, hard reset to 0; that it gives the same spikes is checked
-before anything is timed. Surrogates are rectangular, but for norse, which has none. The current is channels-last, as
-inside a network.
+before anything is timed. Surrogates are rectangular, but for norse, which has none, and for SpikingJelly on a GPU,
+whose kernels know the triangular one. The current is channels-last, as inside a network.
 """
 
 import argparse
@@ -16,7 +16,10 @@ from staa import fused
 from staa.attention import STAALIF
 from staa.neuron import LIF, over_time, rectangle
 
-SHAPES = [(4, 32, 64, 32, 32), (16, 8, 64, 32, 32)]
+#: Currents (T, B, C, H, W); on a GPU larger ones, or their time is that of the Python around them.
+SHAPES = {"cpu": [(4, 32, 64, 32, 32), (16, 8, 64, 32, 32)], "cuda": [(4, 512, 64, 32, 32), (16, 128, 64, 32, 32)]}
+TYPES = {"cpu": [torch.float32], "cuda": [torch.float32, torch.bfloat16]}
+BATCH = {"cpu": 32, "cuda": 128}  # of the networks
 
 
 class NoCompiler:
@@ -63,9 +66,8 @@ class SpikingJelly(nn.Module):
 def spikingjelly(device):
     from spikingjelly.activation_based import functional, neuron, surrogate
 
-    layer = neuron.LIFNode(tau=4 / 3, decay_input=False, step_mode="m", surrogate_function=surrogate.Rect(alpha=1.0))
-    if device.type == "cuda" and "triton" in layer.supported_backends:
-        layer.backend = "triton"
+    kind = surrogate.PiecewiseQuadratic if device.type == "cuda" else surrogate.Rect
+    layer = neuron.LIFNode(tau=4 / 3, decay_input=False, step_mode="m", surrogate_function=kind(alpha=1.0))
 
     def forward(x):
         functional.reset_net(layer)
@@ -102,9 +104,9 @@ def norse(device):
     return forward
 
 
-def current(shape, device):
+def current(shape, device, dtype):
     x = torch.randn(shape[0] * shape[1], *shape[2:], generator=torch.Generator().manual_seed(0))
-    return x.to(device).contiguous(memory_format=torch.channels_last).unflatten(0, shape[:2])
+    return x.to(device, dtype).contiguous(memory_format=torch.channels_last).unflatten(0, shape[:2])
 
 
 def both_ways(layer, x, gradient):
@@ -113,14 +115,16 @@ def both_ways(layer, x, gradient):
     return case
 
 
-def neurons(shape, device, rounds) -> dict:
+def neurons(shape, dtype, device, rounds) -> dict:
     """Forward and backward of one neuron."""
-    x, gradient = current(shape, device), current(shape, device)
+    x, gradient = current(shape, device, dtype), current(shape, device, dtype)
     lif, attention = LIF(), STAALIF(shape[2], shape[0], beta=0.0).to(device)
     layers = {"SpikingJelly": spikingjelly(device), "snnTorch": snntorch(device), "norse": norse(device)}
+    if dtype == torch.bfloat16:  # snnTorch and norse keep the potential in it: other spikes
+        layers = {"SpikingJelly": layers["SpikingJelly"]}
     for name, layer in layers.items():
-        different = (layer(x) != lif(x)).float().mean().item()
-        assert different < 1e-5, f"{name} is another neuron: {100 * different:.3f} % of the spikes differ"
+        different, most = (layer(x) != lif(x)).float().mean().item(), 1e-5 if dtype == torch.float32 else 1e-2
+        assert different < most, f"{name} is another neuron: {100 * different:.3f} % of the spikes differ"
     room = torch.empty_like(x)
     cases = {"copy": lambda: room.copy_(x)}
     cases |= {name: both_ways(layer, x, gradient) for name, layer in layers.items()}
@@ -169,14 +173,14 @@ def kept(net, x) -> float:
     def pack(tensor):
         seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(x.device):
         net(x)
     return sum(seen.values()) / 2 ** 20
 
 
 def networks(device, rounds) -> tuple[dict, dict]:
-    """A training step of ResNet-20, T 4, batch 32, in milliseconds, and the MiB that it keeps for the backward pass."""
-    x, labels = batch(32, device)
+    """A training step of ResNet-20, T 4, in milliseconds, and the MiB that it keeps for the backward pass."""
+    x, labels = batch(BATCH[device.type], device)
     nets = {"ReLU": network(ReLU, device), "SpikingJelly": network(SpikingJelly, device),
             "LIF": network("lif", device), "STAA": network("staa", device, beta=0.0)}
     cases = {name: training_step(net, x, labels) for name, net in nets.items()}
@@ -190,33 +194,45 @@ def networks(device, rounds) -> tuple[dict, dict]:
 
 
 def rows(found: dict) -> list[tuple[str, float, str, bool]]:
-    """(what, measured, goal, whether it is met), on a CPU."""
-    first, second = map(str, SHAPES)
+    """(what, measured, goal, whether it is met)."""
+    first, second, *bf16 = [section for section in found if section.startswith("(")]
+    step, kept = "ResNet-20, training step", found["MiB kept for the backward pass"]
+    device = "cuda" if "device" in found["machine"] else "cpu"
 
     def ratio(section, above, below):
         return found[section][above]["median"] / found[section][below]["median"]
 
-    table = [(f"LIF {first}: SpikingJelly's time over ours", ratio(first, "SpikingJelly", "LIF"), ">= 8"),
-             (f"LIF {second}: SpikingJelly's time over ours", ratio(second, "SpikingJelly", "LIF"), ">= 5"),
-             (f"LIF {first} without a compiler: SpikingJelly's time over ours",
-              ratio(first, "SpikingJelly", "LIF, no compiler"), ">= 4"),
-             (f"LIF {first}: our time over that of one copy", ratio(first, "LIF", "copy"), "<= 4"),
-             (f"STAA {first}: the equations as they stand over ours", ratio(first, "STAA, reference", "STAA"), ">= 4"),
-             ("ResNet-20, training step: LIF over ReLU", ratio("network", "LIF", "ReLU"), "<= 1.1"),
-             ("ResNet-20, training step: SpikingJelly over ReLU", ratio("network", "SpikingJelly", "ReLU"), ""),
-             ("ResNet-20, training step: STAA over LIF", ratio("network", "STAA", "LIF"), "<= 1.2"),
-             ("ResNet-20 with STAA: MiB kept for the backward pass",
-              found["MiB kept for the backward pass"]["STAA"], "<= 700")]
+    lines = [  # what, measured, goal on a CPU, goal on a GPU
+        (f"LIF {first}: SpikingJelly's time over ours", ratio(first, "SpikingJelly", "LIF"), ">= 8", ">= 1.2"),
+        (f"LIF {second}: SpikingJelly's time over ours", ratio(second, "SpikingJelly", "LIF"), ">= 5", ""),
+        *((f"LIF {section}: SpikingJelly's time over ours", ratio(section, "SpikingJelly", "LIF"), "", ">= 1.5")
+          for section in bf16),
+        (f"LIF {first} without a compiler: SpikingJelly's time over ours",
+         ratio(first, "SpikingJelly", "LIF, no compiler"), ">= 4", ""),
+        # 20 bytes a neuron-step are the least, which is 2.5 copies; on a GPU 1.3 times that.
+        (f"LIF {first}: our time over that of one copy", ratio(first, "LIF", "copy"), "<= 4", "<= 3.25"),
+        (f"STAA {first}: the equations as they stand over ours", ratio(first, "STAA, reference", "STAA"), ">= 4", ""),
+        (f"{step}: LIF over ReLU", ratio("network", "LIF", "ReLU"), "<= 1.1", "<= 1.25"),
+        (f"{step}: SpikingJelly over ReLU", ratio("network", "SpikingJelly", "ReLU"), "", ""),
+        (f"{step}: STAA over LIF", ratio("network", "STAA", "LIF"), "<= 1.2", "<= 1.5"),
+        (f"{step}: STAA's equations as they stand over ours", ratio("network", "STAA, reference", "STAA"), "", ">= 3"),
+        (f"{step} with STAA: images a second", 1e3 * BATCH[device] / found["network"]["STAA"]["median"],
+         "", ">= 20000"),
+        ("ResNet-20 with STAA: MiB kept for the backward pass", kept["STAA"], "<= 700", ""),
+        ("ResNet-20 with STAA: the same over that of its equations as they stand",
+         kept["STAA"] / kept["STAA, reference"], "", "<= 0.53")]
+    checked = [(what, value, goals[device == "cuda"]) for what, value, *goals in lines]
     return [(what, value, goal, not goal or (value >= float(goal[3:]) if goal[0] == ">" else value <= float(goal[3:])))
-            for what, value, goal in table]
+            for what, value, goal in checked]
 
 
 def main(device: torch.device, rounds: int):
     found = {"machine": machine(device, "spikingjelly", "snntorch", "norse"), "rounds": rounds, "unit": "ms"}
-    for shape in SHAPES:
-        found[str(shape)] = neurons(shape, device, rounds)
+    for dtype in TYPES[device.type]:
+        for shape in SHAPES[device.type]:
+            found[f"{shape}{' bfloat16' if dtype == torch.bfloat16 else ''}"] = neurons(shape, dtype, device, rounds)
     found["network"], found["MiB kept for the backward pass"] = networks(device, max(rounds // 2, 3))
-    for section in (*map(str, SHAPES), "network"):
+    for section in [name for name in found if name.startswith("(")] + ["network"]:
         print(f"\n{section}")
         for name, t in found[section].items():
             print(f"  {name:22} {t['median']:10.2f} ms  [{t['quartiles'][0]:.2f}, {t['quartiles'][1]:.2f}]")
