@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checkpoint, data, records
 from .checkpoint import undamaged
@@ -154,7 +154,8 @@ def trained(record: Record) -> SpikingNetwork:
     config = Config.from_dict(record.config)
     place = records.folder("runs") / config.name
     shipped = shipped_file(config)
-    advice = "set STAA_RUNS and STAA_RECORDS to empty folders, and the run trains the network anew"
+    advice = ("set STAA_RUNS to an empty folder and STAA_RECORDS to one without this record, and the run trains the "
+              "network anew")
     if (place / "weights.pt").is_file():
         with undamaged("weights file", place / "weights.pt", advice):
             network = new_network(config, record.outcome["classes"])
@@ -177,12 +178,26 @@ def save_pretrained(network: SpikingNetwork, folder: Path | str) -> None:
     network: one that knows its config: from `load`, `from_pretrained`, `staa.train.trained`, or trained by you and
     made by `staa.weights.new_network(config, classes)`. Raises RecordError where it does not, or no longer fits it.
     """
-    config, classes = getattr(network, "config", None), network.head.out_features
+    config = getattr(network, "config", None)
     if not isinstance(config, Config):
         raise RecordError("this network does not know its config: make it with staa.weights.new_network(config, "
                           "classes).")
+    classes = network.head.out_features
+    with torch.device("meta"):
+        made = dict(new_network(config, classes).named_modules())
+    for name, module in network.named_modules():
+        for setting, value in plain(made.get(name)).items():
+            if plain(module).get(setting) != value:
+                raise RecordError(f"{name} has {setting} = {plain(module).get(setting)}, and its config makes it {value}: "
+                                  "make the network of a config that says so.")
     save(Path(folder) / MODEL, network.state_dict(), config, classes)
     records.write(Path(folder) / CONFIG, (json.dumps(described(config, classes), indent=1) + "\n").encode())
+
+
+def plain(module: nn.Module | None) -> dict[str, Any]:
+    """The settings that a module was made with, as far as they are numbers or words."""
+    return {name: value for name, value in vars(module or nn.Identity()).items()
+            if isinstance(value, (int, float, str)) and name != "training"}
 
 
 def described(config: Config, classes: int) -> dict:

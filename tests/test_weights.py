@@ -219,9 +219,17 @@ def test_a_folder_whose_parts_disagree_is_refused(tmp_path, network):
 
 
 def test_a_network_without_a_config_is_refused(tmp_path):
+    refused(lambda: staa.save_pretrained(torch.nn.Linear(2, 2), tmp_path / "folder"), "does not know its config")
     refused(lambda: staa.save_pretrained(staa.build("vgg13", "lif", width=1 / 16), tmp_path / "folder"),
             "does not know its config: make it with staa.weights.new_network")
     assert not (tmp_path / "folder").exists()
+
+
+def test_a_setting_changed_by_hand_is_not_lost_in_silence(tmp_path, network):
+    """The file holds the config, from which the network is built again."""
+    name, neuron = list(staa.neurons(network).items())[1]
+    neuron.v_th = 0.5
+    refused(lambda: staa.save_pretrained(network, tmp_path), f"{name} has v_th = 0.5, and its config makes it 1.0")
 
 
 def test_a_repository_comes_from_the_hubs_own_cache_without_a_network(tmp_path, network, no_network, monkeypatch):
