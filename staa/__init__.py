@@ -1,6 +1,8 @@
 """STAA-SNN: spiking neurons with a spatial-temporal attention aggregator (CVPR 2025), a reproducible companion."""
 
+import importlib
 import warnings
+from types import ModuleType
 
 from .attention import STAALIF, GlobalContext, PositionEncoding, StepAttention
 from .config import Config
@@ -19,3 +21,13 @@ __version__ = "0.1.0"
 __all__ = ["LIF", "STAALIF", "FSTALIF", "STAttenLIF", "PositionEncoding", "GlobalContext", "StepAttention", "rectangle",
            "build", "neurons", "firing_rates", "NETWORKS", "NEURONS", "Config", "Record", "run",
            "load", "save_pretrained", "from_pretrained"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The package's other files, such as `staa.interchange`, at their first use: `import staa` stays light."""
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise  # the file is there, and what it needs is not
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from . import fused, fused_staa
 from .neuron import LIF, over_time
+from .settings import bounded, unused
 
 PE_KINDS = ("learned", "fixed")
 PE_PLACES = ("input", "membrane", "both", "output")
@@ -28,7 +29,7 @@ class PositionEncoding(nn.Module):
 
     kind "learned" starts at zero; "fixed" is the sinusoid of Vaswani et al. over t and c (section 4.3 compares them).
     The shape (T, 1, C, 1, 1) is our reading; it is stored as (T, C), since `Module.to(memory_format=...)` refuses
-    parameters of rank 5.
+    parameters of rank 5. Raises ValueError on another T or C.
     """
 
     def __init__(self, channels: int, T: int, kind: str = "learned"):
@@ -45,6 +46,9 @@ class PositionEncoding(nn.Module):
         return self.weight[:, None, :, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
+        if (x.shape[0], x.shape[2]) != self.weight.shape:  # one step, or one channel, would be added to all
+            raise ValueError("this PositionEncoding takes (T={}, B, C={}, H, W), got {}".format(*self.weight.shape,
+                                                                                               tuple(x.shape)))
         return x + self.per_step()
 
 
@@ -74,12 +78,15 @@ def zero(layer: nn.Conv2d) -> None:
 class GlobalContext(nn.Module):
     """GC block, eqs. 7-10: x (N, C, H, W) + v, where v (N, C, 1, 1) is the context that attention over space picks.
 
-    r divides the channels of the query (the paper's scaling coefficient, 4); at least one channel is left.
+    r divides the channels of the query (the paper's scaling coefficient, 4); at least two are left [ours], since
+    LayerNorm over one number is constant. Raises ValueError on r < 1.
     """
 
     def __init__(self, channels: int, r: int = 4):
         super().__init__()
-        hidden = max(channels // r, 1)
+        if r < 1:
+            raise ValueError(f"r, the scaling coefficient of GC, must be at least 1, got {r}")
+        hidden = max(channels // r, 2)
         self.key = nn.Conv2d(channels, 1, 1)
         self.query = nn.Conv2d(channels, hidden, 1)
         self.norm = nn.LayerNorm(hidden)
@@ -126,7 +133,8 @@ class STAALIF(LIF):
     pe_kind: "learned" or "fixed" (section 4.3).
     pe_place: where PE is added (Figure 2; the letters are our reading): "input" before aggregation (c, the paper's
         choice), "membrane" (b), "both" with an encoding each (d), "output" after aggregation (e).
-    The remaining settings are those of `LIF`.
+    The remaining settings are those of `LIF`; decay and gain are eq. 1's, which is computed without SA only.
+    Raises ValueError on a value that is not allowed, and on a setting of what is off that is not its default.
     """
 
     def __init__(self, channels: int, T: int, *, gc: bool = True, pe: bool = True, sa: bool = True, r: int = 4,
@@ -134,14 +142,21 @@ class STAALIF(LIF):
         super().__init__(**lif)
         if channels < 1 or T < 1:
             raise ValueError(f"channels and T must be at least 1, got channels={channels} and T={T}")
-        if r < 1:
-            raise ValueError(f"r, the scaling coefficient of GC, must be at least 1, got {r}")
+        bounded(alpha=alpha)
         if not alpha > 0:
             raise ValueError(f"alpha, the scaling factor of SA, must be above 0, got {alpha}")
         if not 0 <= beta <= 1:
             raise ValueError(f"beta, the probability of TSRD, must be between 0 and 1, got {beta}")
         if pe_place not in PE_PLACES:
             raise ValueError(f"pe_place must be one of {', '.join(PE_PLACES)}, got {pe_place!r}")
+        if not gc:
+            unused(STAALIF, "the GC block, which is off (gc=False)", r=r)
+        if not pe:
+            unused(STAALIF, "PE, which is off (pe=False)", pe_kind=pe_kind, pe_place=pe_place)
+        if not sa:
+            unused(STAALIF, "the SA block, which is off (sa=False)", alpha=alpha)
+        else:
+            unused(STAALIF, "eq. 1, in whose place SA computes (sa=True)", decay=self.decay, gain=self.gain)
         self.channels, self.T, self.beta = channels, T, beta
 
         def encoding(*places):

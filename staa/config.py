@@ -1,25 +1,21 @@
 """Config: everything that decides the outcome of one training run, validated, with a hash that names the run."""
 
 import hashlib
-import inspect
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import torch
 
 from . import frames
 from .data import AUGMENTATIONS, DATASETS, describe
-from .networks import NETWORKS, NEURONS, build
+from .networks import NETWORKS, NEURONS, build, whole
+from .settings import ConfigError, one_of, reason, typed
 
 #: Settings that came after the first records: left out of the hash at this value, so that older runs keep their name.
 LATER = {"microbatch": 0, "frames": "", "optimizer": "sgd", "network_settings": {}}
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("float32", "bf16")
-
-
-class ConfigError(ValueError):
-    """A setting that is not allowed; the message is one sentence that says what is."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +62,14 @@ class Config:
         if base not in DATASETS or bool(folder) != (":" in self.dataset) or folder and base != "imagefolder":
             raise ConfigError(f"dataset must be one of {', '.join(DATASETS)} or imagefolder:NAME, got {self.dataset!r}")
         self._check_data(describe(self.dataset))
-        one_of("network", self.network, NETWORKS)
-        one_of("neuron", self.neuron, NEURONS)
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("precision", self.precision, PRECISIONS)
         for name, least in {"T": 1, "epochs": 1, "batch_size": 1, "image_size": 1, "threads": 1, "train_images": 0,
                             "microbatch": 0, "seed": 0, "warmup_epochs": 0, "clip_norm": 0, "weight_decay": 0}.items():
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("lr", "width"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ConfigError(f"lr must be a finite number above 0, got {self.lr}")
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
@@ -109,25 +102,20 @@ class Config:
 
     def _check_network(self):
         """Fill in the defaults of neuron and network, so that the record is whole, and let the network judge them."""
-        for what, constructor in (("neuron", NEURONS[self.neuron]), ("network", NETWORKS[self.network])):
-            object.__setattr__(self, f"{what}_settings", self._checked(what, settings_of(constructor)))
+        for what, names in (("neuron", NEURONS), ("network", NETWORKS)):
+            settings = whole(what, getattr(self, what), names, getattr(self, f"{what}_settings"))
+            object.__setattr__(self, f"{what}_settings", settings)
         try:
             with torch.device("meta"):  # the network's shapes alone
                 least = build(self.network, self.neuron, T=self.T, width=self.width,
                               network_settings=self.network_settings, **self.neuron_settings).min_size
         except ValueError as error:
-            raise ConfigError(str(error)) from None
+            raise ConfigError(reason(error)) from None
+        except Exception as error:  # torch's, of a layer too large, or that of somebody's own network
+            raise ConfigError(f"network {self.network} could not be built with width={self.width:g} and "
+                              f"T={self.T}: {reason(error)}") from error
         if self.image_size < least:
             raise ConfigError(f"image_size of {self.network} must be at least {least}, got {self.image_size}")
-
-    def _checked(self, what: str, allowed: dict) -> dict:
-        """neuron_settings or network_settings, whole and typed."""
-        name, given = f"{what}_settings", getattr(self, f"{what}_settings")
-        for key in given:
-            if key not in allowed:
-                must = f"be among {', '.join(allowed)}" if allowed else "be empty"
-                raise ConfigError(f"{name} of {getattr(self, what)} must {must}, got {key!r}")
-        return {key: typed(f"{name} {key}", given.get(key, default), kind) for key, (kind, default) in allowed.items()}
 
     @property
     def json(self) -> str:
@@ -173,38 +161,3 @@ def check_names(settings) -> None:
     for name in settings:
         if name not in allowed:
             raise ConfigError(f"a setting must be one of {', '.join(allowed)}, got {name!r}")
-
-
-def one_of(name: str, value, allowed) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def typed(name: str, value, kind: type) -> Any:
-    """value as `kind`: a whole number may stand for a float, nothing else is converted."""
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        hint = "; in YAML write 1.0e-3 for 1e-3" if kind is float and type(value) is str else ""
-        words = {int: "a whole number", float: "a number", bool: "True or False", str: "text", dict: "a dictionary"}
-        raise ConfigError(f"{name} must be {words[kind]}, got {type(value).__name__} {value!r}{hint}")
-    return value
-
-
-def settings_of(constructor) -> dict[str, tuple[type, object]]:
-    """The settings of a neuron or a network: name -> (type, default).
-
-    They are the keyword-only parameters with a default, and those of the base where **kwargs hand them on. A partial
-    may change a default; what it fixes has none.
-    """
-    found: dict[str, tuple[type, object]] = {}
-    fixed = getattr(constructor, "keywords", {})
-    for cls in inspect.getmro(getattr(constructor, "func", constructor)):
-        if "__init__" in vars(cls) and cls.__module__.partition(".")[0] != "torch":
-            parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
-            for p in parameters:
-                if p.kind is p.KEYWORD_ONLY and p.default is not p.empty:
-                    found.setdefault(p.name, (p.annotation, fixed.get(p.name, p.default)))
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-                break
-    return found

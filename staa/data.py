@@ -75,6 +75,9 @@ def transform(name: str, size: int, augment: str = "none", T: int = 1) -> Callab
     from torchvision.transforms import InterpolationMode, v2  # takes twice as long to import as torch
 
     about = describe(name)
+    known = ("none", *frames.AUGMENTATIONS) if about.sensor else AUGMENTATIONS
+    if not set(augment.split("+") if about.sensor else [augment]) <= set(known):
+        raise DataError(f"augment of {name} must be one of {', '.join(known)}, got {augment!r}.")
     if about.sensor:
         return v2.Compose([v2.ToDtype(torch.float32), *frames.augmentation(augment, size)])
     if about.size == size:
@@ -128,9 +131,13 @@ class Digits(Dataset):
 def load(name: str, train: bool, root: Path | None = None) -> Labelled:
     """The training or the test set, as (PIL image, label) or (events, label); `.targets`, `.classes` as in torchvision.
 
-    root defaults to the folder STAA_DATA, or data/sets. Raises DataError where the set is missing or damaged.
+    root defaults to the folder STAA_DATA, or data/sets. Raises DataError where the set is missing, damaged or lacking.
     """
-    root = Path(root) if root else folder("data")
+    found = _open(name, train, Path(root) if root else folder("data"))
+    return _checked(found, f"the {'training' if train else 'test'} set of {name}")
+
+
+def _open(name: str, train: bool, root: Path) -> Labelled:
     base, _, sub = name.partition(":")
     if opened := DATASETS[base].open:
         return opened(train, root)
@@ -141,6 +148,20 @@ def load(name: str, train: bool, root: Path | None = None) -> Labelled:
     if base == "imagefolder":
         return _image_folder(root / (sub or base), train)
     return _cifar(base.upper(), root, train)
+
+
+def _checked(found: Labelled, which: str) -> Labelled:
+    """What a run needs, the fingerprint at its end included: better now than after the last epoch."""
+    for needed in ("targets", "classes", *(["samples", "root"] if not hasattr(found, "data") else [])):
+        if not hasattr(found, needed):
+            raise DataError(f"{which} must have .targets, .classes and .data, or .samples and .root; lacks .{needed}.")
+    labels = np.asarray(found.targets)
+    if not 0 < len(found) == labels.size:
+        raise DataError(f"{which} must have at least one image, a label each, but has {len(found)} and {labels.size}.")
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(found.classes):
+        raise DataError(f"the labels of {which} must be whole numbers below {len(found.classes)}, one for each of its "
+                        f".classes, but are {', '.join(map(str, np.unique(labels)[[0, -1]]))} and what lies between.")
+    return found
 
 
 def load_for(config, train: bool, root: Path | None = None) -> Labelled:
@@ -203,8 +224,8 @@ def _image_folder(root: Path, train: bool) -> Labelled:
 def subset(targets: list[int], count: int) -> np.ndarray:
     """Indices of a fixed subset of `count` images, the same for everyone, with the shares of the classes kept."""
     labels = np.asarray(targets)
-    if count > len(labels):
-        raise DataError(f"train_images must be at most {len(labels)} for this dataset, got {count}.")
+    if not 0 <= count <= len(labels):
+        raise DataError(f"train_images must be at least 0 and at most {len(labels)} for this dataset, got {count}.")
     order = np.random.RandomState(0).permutation(len(labels))  # RandomState's stream is frozen by NumPy's policy
     by_class = [order[labels[order] == k] for k in np.unique(labels)]
     # Rank within the class over the class's size: the first `count` of this order keep the shares.
@@ -259,6 +280,12 @@ class View(Dataset):
             label, other_label = torch.eye(len(self.dataset.classes))[[label, other_label]]
             return (share * self.transform(image) + (1 - share) * self.transform(second),
                     share * label + (1 - share) * other_label)
+
+
+def evaluation_set(config, root: Path | None = None) -> View:
+    """The test set as a run sees it: every image, no augmentation."""
+    tests = load_for(config, False, root)
+    return View(tests, range(len(tests)), transform(config.dataset, config.image_size, T=config.T))
 
 
 def mix(*numbers: int) -> int:

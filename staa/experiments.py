@@ -6,15 +6,17 @@ and dataset.
 """
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 from . import data
-from .config import Config, ConfigError
+from .config import Config
+from .networks import NETWORKS, NEURONS
 from .runner import run_all
+from .settings import ConfigError, one_of, settings_of, typed
 
 __all__ = ["ITEMS", "PRESETS", "Settings", "run_all", "settings"]
 
@@ -34,16 +36,18 @@ SMOKE = {"vgg13": dict(width=1 / 8, image_size=32), "resnet19": dict(width=1 / 8
 #: What a preset sets beyond that for events, and "smoke" by network. 48 pixels and the roll are those of MPBN's public
 #: code [lineage].
 SMOKE_EVENTS = {"vgg13": dict(image_size=34)}
-EVENTS = {"smoke": dict(image_size=17, width=1 / 8, train_images=300, epochs=4, batch_size=16, lr=0.1, augment="none"),
+EVENTS = {"smoke": dict(image_size=17, width=1 / 8, train_images=300, epochs=4, batch_size=8, lr=0.02, augment="none"),
           "short": dict(image_size=48, augment="roll"), "paper": dict(image_size=48, augment="roll")}
 
 #: Table 1's own rows.
-TABLE1 = [("vgg13", 2), ("vgg13", 4), ("resnet19", 1), ("resnet19", 2), ("resnet19", 4),
-          ("resnet20", 1), ("resnet20", 2), ("resnet20", 4)]
+TABLE1 = [("vgg13", 2), ("vgg13", 4), *product(["resnet19", "resnet20"], [1, 2, 4])]
+
+#: A row's neuron and, for comparison, the plain one.
+TWINS = ["staa", "lif"]
 
 #: The networks of the paper's ablations (section 4.3) are ResNet-20 at T = 4; a study names its dataset and its rows,
 #: (label, neuron_settings). The label is the one of the paper's numbers in data/paper.
-ABLATED = dict(network="resnet20", T=4, neuron="staa")
+ABLATED: dict[str, Any] = dict(network="resnet20", T=4, neuron="staa")
 
 #: What "smoke" sets for every ablation: half the images in small batches, so that many rows and seeds are affordable.
 SMOKE_ABLATION = dict(train_images=720, batch_size=16, epochs=2)
@@ -55,7 +59,7 @@ FIGURE2: list[tuple[str, dict]] = [("a", dict(gc=False, pe=False, sa=False, beta
            ("d", dict(pe_place="both")), ("e", dict(pe_place="output"))]
 
 #: Section 4.3, how PE is made.
-POSITION_ENCODING = [("learned", dict(pe_kind="learned")), ("fixed", dict(pe_kind="fixed"))]
+POSITION_ENCODING = [(kind, dict(pe_kind=kind)) for kind in ("learned", "fixed")]
 
 #: Table 2's own rows, as ImageNet is trained: the paper gives 300 epochs, the rest is our choice.
 TABLE2 = ["resnet18", "resnet34"]
@@ -99,9 +103,9 @@ TRANSFORMER = dict(neuron="statten", optimizer="adamw", lr=3e-4, weight_decay=0.
 #: The same on digits of 8 x 8 [ours].
 SMALL_TRANSFORMER = TRANSFORMER | SMALL | dict(lr=5e-3, batch_size=32, augment="none")
 
-
-#: What a notebook's parameters can be.
+#: What a notebook's parameters can be; those that choose among an item's rows; those that would make rows alike.
 PARAMETERS = {"preset", "seeds"} | {field.name for field in fields(Config)}
+CHOOSING, VARIED = ["dataset", "network", "neuron", "T"], ["seed", "neuron_settings", "network_settings"]
 
 
 @dataclass(frozen=True)
@@ -116,33 +120,40 @@ class Settings:
         """The run that an item of a grid asks for. An item wins over the preset, the reader's parameters over both."""
         asked = item | dict(self.changes)
         preset, network, name = PRESETS[self.preset], asked.get("network", ""), asked.get("dataset", "")
-        events = name in data.DATASETS and data.describe(name).sensor
-        if self.preset == "smoke":
+        smoke = self.preset == "smoke"
+        if smoke:
             preset = preset | SMOKE.get(network, {})
-        if events:
-            preset = preset | EVENTS[self.preset]
-        if events and self.preset == "smoke":
-            preset = preset | SMOKE_EVENTS.get(network, {})
+        if name in data.DATASETS and data.describe(name).sensor:
+            preset = preset | EVENTS.get(self.preset, {}) | (SMOKE_EVENTS.get(network, {}) if smoke else {})
         return Config.from_dict(preset | asked)
 
     def datasets(self, *paper: str, smoke: str = PRESETS["smoke"]["dataset"]) -> list[str]:
         """The paper's datasets of an item; the preset's in smoke and cut; the reader's own where one is given."""
         if "dataset" in self.changes:
             return [self.changes["dataset"]]
-        if self.preset == "smoke":
-            return [smoke]
-        return [PRESETS["cut"]["dataset"]] if self.preset == "cut" else list(paper)
+        return {"smoke": [smoke], "cut": [PRESETS["cut"]["dataset"]]}.get(self.preset, list(paper))
 
-    def wants(self, **item) -> bool:
-        """Whether the reader's parameters leave this item in; `-p network resnet20` leaves the other networks out."""
-        return all(self.changes.get(name, value) == value for name, value in item.items())
+    def runs(self, item: str, rows: list[dict], rest: dict[str, Any], seeds: int = 1) -> list[Config]:
+        """The runs of an item: its rows with the `rest`, every seed, at least so many `seeds`. The reader's parameters
+        leave rows out, as `-p network resnet20` does the other networks. Raises ConfigError where no row is left, or a
+        parameter would make one run of several."""
+        for name in [name for name in CHOOSING if name in self.changes and name in rows[0]]:
+            own, value = sorted({str(row[name]) for row in rows}), self.changes[name]
+            rows = [row for row in rows if row[name] == value]
+            if not rows:
+                raise ConfigError(f"{item} has no run with {name}={value}; here it can be {' or '.join(own)}")
+        rows = [row | {"seed": seed} for row in rows for seed in range(max(self.seeds, seeds))]
+        for name in VARIED:
+            if name in self.changes and any(row.get(name) != rows[0].get(name) for row in rows):
+                raise ConfigError(f"{name} must be left out, for {item} varies it itself, got {self.changes[name]!r}")
+        return [self.config(**rest | row) for row in rows]
 
 
 def settings(namespace: Mapping) -> Settings:
     """Read the parameters of the notebook that calls: `settings(globals())`.
 
     A parameter that is None keeps the preset's value. Raises ConfigError on a name that the notebook's parameters cell
-    does not have (papermill itself only warns) and on whatever the preset or Config does not allow.
+    does not have (papermill itself only warns), and on a wrong type or name; what else is wrong, the item's grid does.
     """
     # The notebook's own cell comes first; papermill's, which begins the same way, after it.
     cells = [source for source in namespace.get("In", []) if source.startswith("# Parameters")]
@@ -156,9 +167,11 @@ def settings(namespace: Mapping) -> Settings:
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     if type(seeds) is not int or seeds < 1:
         raise ConfigError(f"seeds, the number of seeds, must be a whole number of at least 1, got {seeds!r}")
-    found = Settings(preset, seeds, given)
-    found.config()  # complains now, before any work
-    return found
+    for name, value in given.items():
+        typed(name, value, get_type_hints(Config)[name])
+        if name in ("network", "neuron"):
+            one_of(name, value, NETWORKS if name == "network" else NEURONS)
+    return Settings(preset, seeds, given)
 
 
 def assigned(source: str) -> set[str]:
@@ -169,129 +182,116 @@ def assigned(source: str) -> set[str]:
 
 def table1(settings: Settings) -> list[Config]:
     """Table 1: each own row with STAA and, for comparison, with the plain LIF neuron; every seed."""
-    return [settings.config(dataset=dataset, network=network, T=T, neuron=neuron, seed=seed)
-            for dataset, (network, T), neuron, seed in product(settings.datasets("cifar10", "cifar100"), TABLE1,
-                                                               ["staa", "lif"], range(settings.seeds))
-            if settings.wants(network=network, T=T, neuron=neuron)]
+    cells = product(settings.datasets("cifar10", "cifar100"), TABLE1, TWINS)
+    return settings.runs("table1", [dict(dataset=dataset, network=network, T=T, neuron=neuron)
+                                    for dataset, (network, T), neuron in cells], {})
 
 
 def table2(settings: Settings) -> list[Config]:
     """Table 2: ImageNet, the folder "imagenet" of images; in smoke the folder that `samples.digit_images` writes."""
     smoke = settings.preset == "smoke"
     item = SMOKE_IMAGENET if smoke else IMAGENET | (dict(epochs=300) if settings.preset == "paper" else {})
-    folder = settings.changes.get("dataset", "imagefolder:digits64" if smoke else "imagefolder:imagenet")
-    return [settings.config(**item, dataset=folder, network=network, neuron=neuron, seed=seed)
-            for network, neuron, seed in product(TABLE2, ["staa", "lif"], range(settings.seeds))
-            if settings.wants(network=network, neuron=neuron)]
+    folder = "imagefolder:digits64" if smoke else "imagefolder:imagenet"
+    return settings.runs("table2", [dict(network=network, neuron=neuron) for network, neuron in product(TABLE2, TWINS)],
+                         {"dataset": folder} | item)
 
 
-def ablation(settings: Settings, rows: list[tuple[str, dict]], dataset: str) -> list[Config]:
-    """An ablation's runs: each row, every seed; the reader may choose another dataset, network or T for all of them."""
-    small = SMOKE_ABLATION if settings.preset == "smoke" else {}
-    return [settings.config(**ABLATED, **small, dataset=name, neuron_settings=row, seed=seed)
-            for name, (_, row), seed in product(settings.datasets(dataset), rows, range(settings.seeds))]
+def ablation(item: str, rows: list[tuple[str, dict]], dataset: str) -> Callable[[Settings], list[Config]]:
+    """An ablation's runs: each row, every seed; the reader may choose another dataset, network or T for all of them, or
+    a neuron that has what the rows vary."""
+    def grid(settings: Settings) -> list[Config]:
+        neuron = settings.changes.get("neuron", ABLATED["neuron"])
+        for name in sorted({name for _, row in rows for name in row} - settings_of(NEURONS[neuron]).keys()):
+            raise ConfigError(f"neuron of {item} must have the setting {name}, which it varies, got {neuron!r}")
+        own = [dict(dataset=name, neuron_settings=row) for name in settings.datasets(dataset) for _, row in rows]
+        return settings.runs(item, own, ABLATED | (SMOKE_ABLATION if settings.preset == "smoke" else {}))
+
+    grid.__name__ = item
+    return grid
 
 
-def figure2(settings: Settings) -> list[Config]:
-    """Figure 2: the place of PE, CIFAR-10."""
-    return ablation(settings, FIGURE2, "cifar10")
-
-
-def position_encoding(settings: Settings) -> list[Config]:
-    """Section 4.3: learnable against fixed PE, CIFAR-10."""
-    return ablation(settings, POSITION_ENCODING, "cifar10")
-
-
-def table4(settings: Settings) -> list[Config]:
-    """Table 4: six combinations of GC, PE, SA and TSRD, CIFAR-100."""
-    return ablation(settings, TABLE4, "cifar100")
-
-
-def figure3(settings: Settings) -> list[Config]:
-    """Figure 3: the probability of TSRD, CIFAR-10."""
-    return ablation(settings, FIGURE3, "cifar10")
-
-
-def figure5(settings: Settings) -> list[Config]:
-    """Figure 5: the scaling coefficient r of GC, CIFAR-10."""
-    return ablation(settings, FIGURE5, "cifar10")
-
-
-def convergence(settings: Settings) -> list[Config]:
-    """The introduction's claims: loss and accuracy by epoch. The paper names no dataset; ours is Table 4's."""
-    return ablation(settings, CONVERGENCE, "cifar100")
+#: Figure 2: the place of PE, CIFAR-10.
+figure2 = ablation("figure2", FIGURE2, "cifar10")
+#: Section 4.3: learnable against fixed PE, CIFAR-10.
+position_encoding = ablation("position_encoding", POSITION_ENCODING, "cifar10")
+#: Table 4: six combinations of GC, PE, SA and TSRD, CIFAR-100.
+table4 = ablation("table4", TABLE4, "cifar100")
+#: Figure 3: the probability of TSRD, CIFAR-10.
+figure3 = ablation("figure3", FIGURE3, "cifar10")
+#: Figure 5: the scaling coefficient r of GC, CIFAR-10.
+figure5 = ablation("figure5", FIGURE5, "cifar10")
+#: The introduction's claims: loss and accuracy by epoch. The paper names no dataset; ours is Table 4's.
+convergence = ablation("convergence", CONVERGENCE, "cifar100")
 
 
 def energy(settings: Settings) -> list[Config]:
     """Section 4.5: ResNet-20 at T = 4 on CIFAR-100, with STAA and, for comparison, with the plain LIF neuron; every
     seed. The parameters choose another network, dataset or T."""
-    item = {"network": "resnet20", "T": 4} | {k: v for k, v in settings.changes.items() if k in ("network", "T")}
-    return [settings.config(**item, dataset=dataset, neuron=neuron, seed=seed)
-            for dataset, neuron, seed in product(settings.datasets("cifar100"), ["staa", "lif"], range(settings.seeds))
-            if settings.wants(neuron=neuron)]
+    rows = [dict(dataset=dataset, neuron=neuron) for dataset, neuron in product(settings.datasets("cifar100"), TWINS)]
+    return settings.runs("energy", rows, {"network": "resnet20", "T": 4})
 
 
-def table3(settings: Settings) -> list[Config]:
+def table3(settings: Settings, item: str = "table3") -> list[Config]:
     """Table 3: each own row with STAA and with the plain LIF neuron, T = 16, every seed. In smoke, and on a dataset
     that the paper does not have, both networks. CIFAR10-DVS is flipped too, as in MPBN's public code [lineage]."""
     flip = {"cifar10dvs": {"augment": "flip+roll"}}
-    items = [dict(dataset=dataset, network=network, T=16) | flip.get(dataset, {})
-             for dataset in settings.datasets("cifar10dvs", "dvsgesture", smoke="digits-dvs")
-             for network in TABLE3.get(dataset, ["resnet20", "vgg13"])]
-    return [settings.config(**item, neuron=neuron, seed=seed)
-            for item, neuron, seed in product(items, ["staa", "lif"], range(settings.seeds))
-            if settings.wants(network=item["network"], T=16, neuron=neuron)]
+    return settings.runs(item, [dict(dataset=dataset, network=network, T=16, neuron=neuron) | flip.get(dataset, {})
+                                for dataset in settings.datasets("cifar10dvs", "dvsgesture", smoke="digits-dvs")
+                                for network, neuron in product(TABLE3.get(dataset, ["resnet20", "vgg13"]), TWINS)], {})
 
 
 def figure4(settings: Settings) -> list[Config]:
     """Figure 4: STAA and LIF on CIFAR10-DVS, every seed. The paper names no network; we take Table 3's VGG-13."""
+    if settings.changes.get("dataset") == "dvsgesture":
+        raise ConfigError("figure4 has no run with dataset=dvsgesture: it draws objects, as cifar10dvs has them")
     network = settings.changes.get("network", "vgg13")
-    return [config for config in table3(settings) if config.network == network and config.dataset != "dvsgesture"]
+    return [c for c in table3(settings, "figure4") if c.network == network and c.dataset != "dvsgesture"]
 
 
 def fsta(settings: Settings) -> list[Config]:
     """FSTA: ResNet-20 at T = 4 on CIFAR-10 with each neuron of FSTA, every seed; in smoke ResNet-19 on 8 x 8 digits."""
     network = dict(SMALL, network="resnet19", lr=0.02) if settings.preset == "smoke" else dict(network="resnet20")
-    item = {"T": 4} | (network if "network" not in settings.changes else {})
-    return [settings.config(**item, dataset=dataset, neuron=neuron, neuron_settings=own, seed=seed)
-            for dataset, (neuron, own), seed in product(settings.datasets("cifar10"), FSTA.values(),
-                                                        range(max(settings.seeds, LEAST_SEEDS)))
-            if settings.wants(neuron=neuron)]
+    rows = [dict(dataset=dataset, neuron=neuron, neuron_settings=own)
+            for dataset in settings.datasets("cifar10") for neuron, own in FSTA.values()]
+    return settings.runs("fsta", rows, {"T": 4} | (network if "network" not in settings.changes else {}), LEAST_SEEDS)
 
 
 def transformers(settings: Settings, chunk: int, **item) -> list[Config]:
     """STAtten with joint attention over `chunk` steps and over one (spatial), and SDT, under equal conditions; every
     seed. A reader's network gives its size to all three."""
-    size = settings.changes.get("network", "statten-2-256").partition("-")[2]
+    network = settings.changes.get("network", "statten-2-256")
+    one_of("network of statten", network, [n for n in NETWORKS if n.startswith(("statten", "sdt"))])
     own = replace(settings, changes={k: v for k, v in settings.changes.items() if k not in {"network", *item}})
-    epochs = own.config().epochs
+    epochs = own.changes.get("epochs", PRESETS[own.preset]["epochs"])
     pools = {"pools": "0001"} if item.get("image_size") == 8 else {}
-    return [own.config(**item, network=network, network_settings=pools | chosen, warmup_epochs=epochs // 10, seed=seed)
-            for (network, chosen), seed in product([(f"statten-{size}", {"chunk": chunk}),
-                                                    (f"statten-{size}", {"chunk": 1}), (f"sdt-{size}", {})],
-                                                   range(max(settings.seeds, LEAST_SEEDS)))]
+    kinds = [("statten", {"chunk": chunk}), ("statten", {"chunk": 1}), ("sdt", {})]
+    return own.runs("statten", [dict(network=kind + network[network.index("-"):], network_settings=pools | chosen)
+                                for kind, chosen in kinds], item | {"warmup_epochs": epochs // 10}, LEAST_SEEDS)
 
 
 def statten(settings: Settings) -> list[Config]:
     """STAtten on static images, CIFAR-10 at T = 4 with c = 2; in smoke 8 x 8 digits."""
     item = SMALL_TRANSFORMER if settings.preset == "smoke" else TRANSFORMER
     item = {k: v for k, v in item.items() if k not in settings.changes}
-    return [config for dataset in settings.datasets("cifar10")
-            for config in transformers(settings, 2, **item | {"T": settings.changes.get("T", 4), "dataset": dataset})]
+    return transformers(settings, 2, **item, T=settings.changes.get("T", 4), dataset=settings.datasets("cifar10")[0])
 
 
 def rows(settings: Settings) -> list[Config]:
     """STAtten's sequential task, at every preset: 8 x 8 digits, one row a step, joint attention over all steps."""
+    one_of("augment of statten, whose digits row by row are never augmented,", settings.changes.get("augment", "none"),
+           ["none"])
     T = settings.changes.get("T", 8)
-    item = {k: v for k, v in SMALL_TRANSFORMER.items() if k not in settings.changes or k == "augment"}
-    return transformers(settings, T, **item | {"T": T, "dataset": "digits-rows"})
+    item = {k: v for k, v in SMALL_TRANSFORMER.items() if k not in settings.changes}
+    return transformers(settings, T, **item, T=T, dataset="digits-rows")
 
 
 def siblings(settings: Settings) -> list[Config]:
     """STAA, FSTA and STAtten on the same data, epochs and seeds: runs of `fsta` and of `statten`."""
-    plain = replace(settings, changes={k: v for k, v in settings.changes.items() if k != "network"})
-    return ([c for c in fsta(plain) if c.neuron == "staa" or c.neuron == "fsta" and c.neuron_settings["spatial"]]
-            + [c for c in statten(plain) if c.network_settings.get("chunk") == 2])
+    if "network" in settings.changes:
+        raise ConfigError("network must be left out, for siblings takes those of fsta and statten")
+    plain = fsta(settings) if settings.changes.get("neuron", "staa") in ("staa", "fsta") else []
+    return ([c for c in plain if c.neuron == "staa" or c.neuron == "fsta" and c.neuron_settings["spatial"]]
+            + [c for c in statten(settings) if c.network_settings.get("chunk") == 2])
 
 
 #: The items with runs, by the name of their notebook.

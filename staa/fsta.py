@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .neuron import LIF
+from .settings import bounded, unused
 
 
 def dct(k: int) -> Tensor:
@@ -95,11 +96,13 @@ class FSTALIF(LIF):
     decay, v_th: as in `LIF`. Their neuron fires where U > v_th / 2 and resets to 0.
     slope: of the surrogate, the derivative of tanh(slope (U / v_th - 1/2)), scaled to rise by 1 from U = 0 to U = v_th,
         and 0 elsewhere; in the authors' code 1 with the module and 3 for the plain neuron.
+    Raises ValueError on a value that is not allowed, and on k or reduction without the spatial branch.
     """
 
     def __init__(self, channels: int, T: int, *, temporal: bool = True, spatial: bool = True, k: int = 7,
                  reduction: int = 1, decay: float = 0.25, v_th: float = 1.0, slope: float = 1.0):
         super().__init__(decay=decay, v_th=v_th)
+        bounded(slope=slope)
         if k < 1:
             raise ValueError(f"k, the side of the DCT window, must be at least 1, got {k}")
         if not 1 <= reduction <= k * k:
@@ -108,12 +111,19 @@ class FSTALIF(LIF):
             raise ValueError(f"slope, of the surrogate gradient, must be above 0, got {slope}")
         if T < 1:
             raise ValueError(f"T must be at least 1, got {T}")
+        if not spatial:
+            unused(FSTALIF, "the spatial branch, which is off (spatial=False)", k=k, reduction=reduction)
         self.T, self.slope = T, slope
         self.temporal = TemporalAmplitude(T) if temporal else None
         self.spatial = SpatialFrequency(k, reduction) if spatial else None
         self.gates = temporal + 3 * spatial  # multiplications of each number of X by g, a, t and s
         if spatial:
             self.t, self.s = nn.Parameter(torch.tensor(0.6)), nn.Parameter(torch.tensor(0.5))
+
+    @classmethod
+    def from_tau(cls, tau: float, *sizes: int, **settings) -> LIF:
+        """Always a ValueError: eq. 1's gain of 1 / tau is not this neuron's."""
+        raise ValueError("from_tau does not apply to FSTALIF, whose current enters with gain 1: set its decay")
 
     def attend(self, x: Tensor) -> Tensor:
         """X~ for all time steps at once."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-enabled = os.environ.get("STAA_FUSED", "1") != "0"
+enabled = os.environ.get("STAA_FUSED", "1").lower() not in ("0", "false", "off", "no")
 
 #: Elements from which a current is worth the seconds that compiling takes, once a process.
 WORTH_COMPILING = 2 ** 21

@@ -19,6 +19,7 @@ over T are left to who runs it. BN is folded into the convolution before it, as 
 
 import copy
 import io
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,13 @@ def to_nir(network: SpikingNetwork, image_size: int, dt: float = DT) -> Any:
     """A VGG or ResNet of plain LIF neurons as a `nir.NIRGraph`; its nodes are named as the modules.
 
     image_size: pixels, since NIR's neurons are counted. dt: seconds a time step. Weights keep their type.
-    Raises InterchangeError, one sentence, on any other neuron or layer, or where nir is not installed.
+    Raises InterchangeError, one sentence, on any other neuron or layer, size or dt, or where nir is not installed.
     """
     check(network)
+    if type(image_size) is not int or image_size < network.min_size:
+        raise InterchangeError(f"image_size must be a whole number of at least {network.min_size}, got {image_size!r}")
+    if not isinstance(dt, (int, float)) or not 0 < dt < math.inf:
+        raise InterchangeError(f"dt, the seconds of a time step, must be a finite number above 0, got {dt!r}")
     try:
         import nir
     except ImportError:

@@ -5,15 +5,13 @@
     python -m staa.items ship NAME                          # runs/NAME: its record and its network into data
 """
 
-import sys
 from pathlib import Path
 
 from . import records, weights
 from .config import Config, ConfigError
-from .data import DataError
 from .experiments import ITEMS, PARAMETERS, Settings, run_all, settings
 from .records import Record, RecordError
-from .train import words_to_settings
+from .train import command, words_to_settings
 
 #: Bytes that a shipped network may have: it is committed.
 SHIPPED = 10_000_000
@@ -74,7 +72,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ConfigError, DataError, RecordError, RuntimeError) as error:
-        sys.exit(f"staa: {error}")
+    command(main, ConfigError, RuntimeError)

@@ -6,7 +6,7 @@ batch together; a neuron stands wherever a ReLU would, and is handed in as `neur
 hands in `norm_layer`. The layouts are those of the authors' public code; VGG-13 is the standard one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .attention import STAALIF
 from .fsta import FSTALIF
 from .neuron import LIF
+from .settings import ConfigError, one_of, reason, settings_of, typed
 
 #: Neurons by name. A new one is added here: any module built as `neuron(channels, T=T, **settings)`.
 NEURONS: dict[str, Callable[..., nn.Module]] = {"lif": LIF, "staa": STAALIF, "fsta": FSTALIF}
@@ -48,7 +49,16 @@ class SpikingNetwork(nn.Module):
         self.in_channels, self.T, self.min_size = in_channels, T, min_size
 
     def neuron(self, channels: int) -> nn.Module:
-        layer = self._make_neuron(channels, T=self.T)
+        make = getattr(self._make_neuron, "func", self._make_neuron)
+        try:
+            layer = self._make_neuron(channels, T=self.T)
+        except Exception as error:
+            if isinstance(error, ValueError) and str(make.__module__).startswith(f"{__package__}."):
+                raise  # this package's neurons say it in one sentence
+            raise ConfigError(f"neuron {name_of(make)} could not be built as neuron(channels, T=T): "
+                              f"{reason(error)}") from error
+        if not isinstance(layer, nn.Module):
+            raise ConfigError(f"neuron {name_of(make)} must build a torch module, got {type(layer).__name__}")
         setattr(layer, "is_neuron", True)  # what `neurons` looks for
         return layer
 
@@ -163,7 +173,7 @@ NETWORKS: dict[str, Callable[..., SpikingNetwork]] = {
 
 
 def build(network: str, neuron: str | Callable[..., nn.Module] = "staa", num_classes: int = 10, T: int = 4,
-          in_channels: int = 3, width: float = 1.0, network_settings: Mapping | None = None,
+          in_channels: int = 3, width: float = 1.0, network_settings: dict | None = None,
           **neuron_settings) -> SpikingNetwork:
     """A network by name, with any neuron: `staa.build("resnet20", neuron="staa", num_classes=10, T=4)`.
 
@@ -171,26 +181,59 @@ def build(network: str, neuron: str | Callable[..., nn.Module] = "staa", num_cla
     from currents (T, B, C, H, W) to spikes of the same shape. width multiplies the channels of every layer.
     network_settings: the network's own, where it has any: `{"chunk": 4}` of a STAtten.
     neuron_settings go to every neuron: `r=8`, `beta=0.0`, `pe_place="output"`, ...
-    Raises ValueError with one sentence where a name or a value is not allowed.
+    Raises ValueError with one sentence where a name, a type or a value is not allowed. A neuron that is handed in and
+    has no name judges its settings itself.
     """
-    if network not in NETWORKS:
-        raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {network!r}")
-    if isinstance(neuron, str):
-        if neuron not in NEURONS:
-            raise ValueError(f"neuron must be one of {', '.join(NEURONS)} or your own class, got {neuron!r}")
-        neuron = NEURONS[neuron]
     for name, value in {"num_classes": num_classes, "T": T, "in_channels": in_channels}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if typed(name, value, int) < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    width = typed("width", width, float)
     if not width > 0:
-        raise ValueError(f"width must be above 0, got {width}")
-    return NETWORKS[network](partial(neuron, **neuron_settings), num_classes, in_channels, T, width,
-                             **(network_settings or {}))
+        raise ConfigError(f"width must be above 0, got {width}")
+    network_settings = whole("network", network, NETWORKS, {} if network_settings is None else network_settings)
+    named = neuron if isinstance(neuron, str) else name_of(neuron)
+    if isinstance(neuron, str) or named in NEURONS and NEURONS[named] is neuron:
+        allowed = whole("neuron", named, NEURONS, neuron_settings)
+        make = partial(NEURONS[named], **{name: allowed[name] for name in neuron_settings})
+    elif callable(neuron) and not isinstance(neuron, nn.Module):
+        make = partial(neuron, **neuron_settings)
+    else:
+        raise ConfigError(f"neuron must be one of {', '.join(NEURONS)} or your own class or factory, got a "
+                          f"{type(neuron).__name__}")
+    return NETWORKS[network](make, num_classes, in_channels, T, width, **network_settings)
+
+
+def whole(what: str, name: str, names: dict, given: dict) -> dict:
+    """The settings of a "neuron" or "network" by name: those given, each of its type, and the defaults of the rest."""
+    one_of(what, name, names)
+    typed(f"{what}_settings", given, dict)
+    if not callable(names[name]) or isinstance(names[name], nn.Module):
+        raise ConfigError(f"{what} {name} must be a class or a factory, got a {type(names[name]).__name__}")
+    allowed = settings_of(names[name])
+    for key in given:
+        if key not in allowed:
+            must = f"be among {', '.join(allowed)}" if allowed else "be empty"
+            raise ConfigError(f"{what}_settings of {name} must {must}, got {key!r}")
+    return {key: typed(f"{what}_settings {key}", given.get(key, default), kind)
+            for key, (kind, default) in allowed.items()}
+
+
+def name_of(neuron) -> str:
+    """A neuron's name in NEURONS, or else its own."""
+    own = getattr(neuron, "__name__", type(neuron).__name__)
+    return next((name for name, known in NEURONS.items() if known is neuron), own)
 
 
 def neurons(network: nn.Module) -> dict[str, nn.Module]:
-    """The spiking layers of a network, by module name, from input to output."""
-    return {name: layer for name, layer in network.named_modules() if getattr(layer, "is_neuron", False)}
+    """The spiking layers of a network, by module name, from input to output: each LIF, and what was handed in as the
+    neuron; what stands inside one of them is part of it."""
+    found: dict[str, nn.Module] = {}
+    inside: set[nn.Module] = set()
+    for name, layer in network.named_modules():
+        if layer not in inside and (isinstance(layer, LIF) or getattr(layer, "is_neuron", False)):
+            found[name] = layer
+            inside.update(layer.modules())
+    return found
 
 
 class firing_rates:
@@ -200,10 +243,13 @@ class firing_rates:
             network(images)
         rates()              # {"stem.1": 0.12, ...}
         rates(by_step=True)  # {"stem.1": [0.08, 0.13, 0.14, 0.13], ...}: one number a time step
+
+    rates() raises ValueError where the network has no neuron.
     """
 
     def __init__(self, network: nn.Module):
         self.layers = neurons(network)
+        self.of = type(network).__name__
 
     def __enter__(self) -> "firing_rates":
         self.spikes = dict.fromkeys(self.layers, torch.zeros(1, dtype=torch.float64))  # by time step
@@ -218,6 +264,8 @@ class firing_rates:
     def __call__(self, by_step: Literal[True]) -> dict[str, list[float]]: ...
 
     def __call__(self, by_step: bool = False) -> dict[str, float] | dict[str, list[float]]:
+        if not self.layers:  # said only here: what merely runs inside, as in training, needs none
+            raise ValueError(f"firing rates are those of LIF neurons, and this {self.of} has none")
         if by_step:
             return {name: (s * len(s) / max(self.count[name], 1)).tolist() for name, s in self.spikes.items()}
         return {name: float(s.sum()) / max(self.count[name], 1) for name, s in self.spikes.items()}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import fused
+from .settings import bounded
 
 
 class _Rectangle(torch.autograd.Function):
@@ -46,11 +47,13 @@ class LIF(nn.Module):
     decay, gain: the fixed weights of the membrane potential and of the input (the authors' 0.25 and 1).
     v_th, v_reset: threshold and reset potential, in the unit of the current; the paper's threshold is 1.
     a: width of the surrogate's rectangle, eq. 5.
+    Raises ValueError on decay outside [0, 1], a <= 0, v_th <= v_reset, and a number beyond 1e30.
     """
 
     def __init__(self, channels: int | None = None, T: int | None = None, *, decay: float = 0.25, gain: float = 1.0,
                  v_th: float = 1.0, v_reset: float = 0.0, a: float = 1.0):
         super().__init__()
+        bounded(gain=gain, v_th=v_th, v_reset=v_reset, a=a)
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must be between 0 and 1, got {decay}")
         if not a > 0:
@@ -60,11 +63,12 @@ class LIF(nn.Module):
         self.decay, self.gain, self.v_th, self.v_reset, self.a = decay, gain, v_th, v_reset, a
 
     @classmethod
-    def from_tau(cls, tau: float, **settings) -> "LIF":
-        """The neuron of eq. 1, with the membrane time constant tau >= 1 in time steps."""
+    def from_tau(cls, tau: float, *sizes: int, **settings) -> "LIF":
+        """The neuron of eq. 1, with the membrane time constant tau >= 1 in time steps; sizes are channels and T."""
+        bounded(tau=tau)
         if not tau >= 1:
             raise ValueError(f"tau must be at least 1 time step, got {tau}")
-        return cls(decay=1 - 1 / tau, gain=1 / tau, **settings)
+        return cls(*sizes, decay=1 - 1 / tau, gain=1 / tau, **settings)
 
     def charge(self, hm: Tensor, x: Tensor) -> Tensor:
         """U[t] from Hm[t-1] and X[t], eq. 1."""

@@ -15,12 +15,15 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import records
+from .config import ConfigError
 from .experiments import ITEMS, Settings, run_all
+from .train import command
 
 NOTEBOOKS = records.ROOT / "notebooks"
 #: The order of the paper; what is not named here follows, by name.
@@ -137,9 +140,14 @@ def train(found: list[Item]) -> None:
     run_all(list(dict.fromkeys(config for item in found for config in item.runs())))
 
 
-def main() -> int:
-    """Everything; the exit status is 1 where a notebook failed, and the others are there all the same."""
+def main(words: Sequence[str] = ()) -> int:
+    """Without words everything; the exit status is 1 where a notebook failed, and the others are there all the same."""
+    if words and words not in (["list"], ["train"]):
+        raise ConfigError(f"write list or train, or nothing, got {' '.join(words)!r}")
     found = items()
+    if words:
+        print(listing()) if words == ["list"] else train(found)
+        return 0
     stale = [item for item in found if not item.fresh()]
     failures = []
     try:
@@ -155,12 +163,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        if sys.argv[1:] == ["list"]:
-            print(listing())
-        elif sys.argv[1:] == ["train"]:
-            train(items())
-        else:
-            sys.exit(main())
-    except RuntimeError as error:  # a failed run, a damaged record, or figures/ that cannot be written
-        sys.exit(f"staa: {error}")
+    command(main, ConfigError, RuntimeError)  # a failed run, a damaged record, or figures/ that cannot be written

@@ -71,7 +71,7 @@ def advantage(found: dict[str, Measurement], twin: Measurement, marked: float) -
     axes.axvline(100 * marked, color=COLORS["threshold"], lw=0.8, ls=":")
     axes.text(100 * marked + 0.5, 0.32, "the paper's rate", fontsize=7, color=COLORS["ann"])
     axes.text(40, 1.05, "as much as the ANN twin", fontsize=7, ha="right", color=COLORS["ann"])
-    axes.set(xlabel="firing rate, %", ylabel="energy of the ANN twin / its own", yscale="log", xlim=(0, 40),
+    axes.set(xlabel="firing rate, %", ylabel="energy: ANN twin / SNN", yscale="log", xlim=(0, 40),
              ylim=(0.3, 6))
     axes.set_yticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
     axes.minorticks_off()

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 
 from filelock import FileLock
 
+from .settings import reason as reason
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -41,11 +43,6 @@ class Labelled(Protocol):
 
 class DataError(RuntimeError):
     """A dataset that is missing or damaged; the message is one sentence: what, where, how to get it."""
-
-
-def reason(error: BaseException) -> str:
-    """Why something failed, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def folder(kind: str) -> Path:

@@ -2,6 +2,7 @@
 
 import os
 import queue
+import signal
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
@@ -19,18 +20,19 @@ from .train import run
 def run_all(configs: list[Config], *, log: Callable[[str], None] = print) -> list[Record]:
     """The records of these runs, in order. On CPU as many at once as cores allow, on a GPU one after the other.
 
-    Logs one line an epoch and one bar after each run. A run that fails does not stop the others; the first failure is
-    raised once all have ended, and what has ended stays in runs/.
+    One that is asked for twice is made once. Logs one line an epoch and one bar after each run. A run that fails does
+    not stop the others; the first failure is raised once all have ended, and what has ended stays in runs/.
     """
-    found = {config: record for config in configs if (record := records.find(config))}
-    missing = [config for config in configs if config not in found]
+    once = list(dict.fromkeys(configs))
+    found = {config: record for config in once if (record := records.find(config))}
+    missing = [config for config in once if config not in found]
     if started():  # one run after the other on all of torchrun's processes, which end together where one fails
         return [run(config, log=log) for config in configs]
     for dataset in dict.fromkeys(config.dataset for config in missing):
         if dataset == "imagefolder:digits64":
             samples.digit_images()
         data.load(dataset, train=True)  # one clear sentence now rather than one from every run
-    log(bar(len(found), len(configs), "complete before" if found else ""))
+    log(bar(len(found), len(once), "complete before" if found else ""))
     failures = []
     for config, outcome in _outcomes(missing, log):
         if isinstance(outcome, Exception):
@@ -38,7 +40,7 @@ def run_all(configs: list[Config], *, log: Callable[[str], None] = print) -> lis
             log(f"{config}: failed: {outcome}")
         else:
             found[config] = outcome
-            log(bar(len(found), len(configs), str(config)))
+            log(bar(len(found), len(once), str(config)))
     if failures:
         raise failures[0]
     return [found[config] for config in configs]
@@ -55,7 +57,8 @@ def _outcomes(configs, log):
     context = get_context("spawn")
     with context.Manager() as manager:
         lines = manager.Queue()
-        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        # Ctrl-C reaches every process: those that train end at once and in silence, and this one says so.
+        with ProcessPoolExecutor(jobs, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
             # Longest first, so that no core is left with a long run at the end.
             order = sorted(configs, key=lambda c: c.T * (c.network == "resnet19") + c.T, reverse=True)
             pending = {pool.submit(attempt, config, lines.put): config for config in order}
@@ -74,7 +77,7 @@ def attempt(config: Config, log) -> Record | Exception:
     """The record, or what the run failed with."""
     try:
         return run(config, log=log)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # whatever it is, it does not stop the others
         cause: BaseException | None = error
         while cause:  # its frames hold the network and its activations: a GPU has no room for the next run beside them
             clear_frames(cause.__traceback__)

@@ -60,16 +60,18 @@ def gain(after: list[Record], before: list[Record], tests: int = 1) -> Gain | No
 
 
 def verdict(gains: dict[str, Gain | None]) -> str:
-    """Two sentences: which gains are beyond chance, which are not."""
+    """One sentence: which gains are beyond chance, which losses, and what is undecided."""
     known = {name: g for name, g in gains.items() if g}
     if not known:
         return "No two rows were run: there is nothing to compare."
     if min(g.n for g in known.values()) < 2:
         return "One seed: nothing can be said about chance."
-    beyond, within = ([f"{name} ({g})" for name, g in known.items() if g.beyond_chance == yes] for yes in (True, False))
-    n = min(g.n for g in known.values())
-    return (f"Over {n} seeds these steps are beyond chance: {', '.join(beyond) or 'none'}. "
-            f"These are not: {', '.join(within) or 'none'}.")
+    found: dict[int, list[str]] = {1: [], -1: [], 0: []}
+    for name, g in known.items():
+        found[g.beyond_chance * (1 if g.mean > 0 else -1)].append(f"{name} ({g})")
+    more, less, undecided = (", ".join(names) or "none" for names in found.values())
+    return (f"Over {min(g.n for g in known.values())} seeds, gains beyond chance: {more}; "
+            f"losses beyond chance: {less}; undecided: {undecided}.")
 
 
 def differences(runs: list[Record]) -> str:

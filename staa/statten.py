@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from .networks import NETWORKS, NEURONS, SpikingNetwork, Steps, conv1x1, conv3x3
 from .neuron import LIF
+from .settings import bounded
 
 
 class _Sigmoid(torch.autograd.Function):
@@ -45,12 +46,18 @@ class STAttenLIF(LIF):
 
     def __init__(self, channels: int | None = None, T: int | None = None, *, tau: float = 2.0, v_th: float = 1.0,
                  slope: float = 4.0):
+        bounded(tau=tau, slope=slope)
         if not tau >= 1:
             raise ValueError(f"tau must be at least 1 time step, got {tau}")
         if not slope > 0:
             raise ValueError(f"slope, of the surrogate gradient, must be above 0, got {slope}")
         super().__init__(decay=1 - 1 / tau, gain=1 / tau, v_th=v_th)
         self.slope = slope
+
+    @classmethod
+    def from_tau(cls, tau: float, *sizes: int, **settings) -> LIF:
+        """As in LIF: here tau is a setting."""
+        return cls(*sizes, tau=tau, **settings)
 
     def fire(self, u: Tensor) -> tuple[Tensor, Tensor]:
         s = _Sigmoid.apply(u - self.v_th, self.slope)

@@ -43,7 +43,7 @@ def paper_table1() -> pd.DataFrame:
 
 
 def table1(settings: Settings, runs: list[Record]) -> pd.DataFrame:
-    """Table 1 with, for the own rows, the project's records and the runs of this notebook, with STAA and with LIF."""
+    """Table 1 with, for its own rows, the project's records and the runs of this notebook, with STAA and with LIF."""
     table = paper_table1()
     shown = dict.fromkeys(record.config["dataset"] for record in runs)
     own = {(ARCHITECTURES[network], str(T)): dict(network=network, T=T) for network, T in TABLE1}
@@ -273,10 +273,9 @@ def header(settings: Settings, runs: list[Record]) -> str:
             f"{runs[0].config['epochs']} epochs, width {', '.join(f'{width:g}' for width in widths)}, "
             f"{settings.seeds} seed{'s' * (settings.seeds > 1)}; test accuracy of the last epoch in percent.")
     if {"digits", "digits-rows", "imagefolder:digits64"} & datasets.keys():
-        text += (" These are 8 x 8 handwritten digits, not the paper's data: the numbers show that everything works, "
-                 "nothing more.")
+        text += " These are 8 x 8 handwritten digits, not the paper's data: the numbers show that it runs, no more."
     elif "digits-dvs" in datasets:
-        text += " These are events simulated from 8 x 8 digits, no recordings: the numbers show that everything works."
+        text += " These are events simulated from 8 x 8 digits: the numbers show that it runs, no more."
     elif settings.preset != "paper" or settings.changes:
         text += " This is not the paper's setting: the numbers are no reproduction of it."
     return text

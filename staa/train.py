@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from . import data, memory, records
 from .checkpoint import resume, save
 from .config import Config, ConfigError
+from .data import evaluation_set as evaluation_set
 from .distributed import ALONE, PeerError, Peers, Statistics, join
 from .networks import firing_rates
 from .optimizer import learning_rate, new_optimizer
@@ -41,13 +42,21 @@ def run(config: Config, *, device: str | torch.device | None = None, data_root: 
     """The record of this run, from disk or from training; logs one line an epoch.
 
     device: "cpu", "cuda", ...; by default a GPU where there is one. workers: processes that load data; by default one
-    a core, at most eight, for a GPU and 5,000 images or 500 recordings of events, and else none: beside a CPU's step
-    loading costs next to nothing, and starting a process costs seconds. Neither changes the outcome on a CPU.
-    The run lives in runs/NAME: checkpoint.pt after every epoch, at the end record.json and weights.safetensors
-    (weights.pt where safetensors is not installed). Where another process trains the same run, this one waits and
-    reads. Raises DataError, RecordError or TrainingError, one sentence.
+    a core, at most eight, for a GPU and 5,000 images or 500 recordings of events, and else none, since starting one
+    costs seconds. Neither changes the outcome on a CPU. The run lives in runs/NAME: checkpoint.pt after every epoch, at
+    the end record.json and weights.safetensors (weights.pt where safetensors is not installed). Where another process
+    trains the same run, this one waits and reads. Raises DataError, RecordError or TrainingError, one sentence.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not isinstance(config, Config):
+        raise TrainingError(f"run takes a Config, as Config.from_dict makes of a dictionary, got {config!r}.")
+    if workers is not None and (type(workers) is not int or workers < 0):
+        raise TrainingError(f"workers must be a whole number of at least 0, or None, got {workers!r}.")
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError):
+        raise TrainingError(f"device must be cpu, or cuda where there is a GPU, got {device!r}.") from None
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise TrainingError(f"device {where} is not there: torch sees {torch.cuda.device_count()} GPUs.")
     if where.type == "cuda" and where.index is None and "LOCAL_RANK" in os.environ:
         where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(where)
@@ -88,8 +97,11 @@ def one_sentence(config: Config) -> Iterator[None]:
     """What a process that loads data ended in, without the traceback that torch adds to it."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [""]
+        if "more than 1 value per channel" in lines[0]:
+            raise TrainingError(f"in the last batch of {config} BN sees one value a channel, which has no variance; "
+                                "choose another batch_size, microbatch or train_images.") from None
         if lines[0].startswith("DataLoader worker"):
             raise TrainingError(f"a process that loads data for {config} was killed, perhaps because memory was short; "
                                 "start the run again, and it goes on after its last whole epoch.") from None
@@ -200,20 +212,14 @@ def gradient(network, x, y, config: Config, moment: tuple[int, int], whole: int,
     """Leave in the network the gradient that these images add to the mean loss over the `whole` batch; the sum of
     their losses. moment: epoch and step. counts: correct and seen images, added to in place."""
     total = torch.zeros((), device=device)
-    if x is None:
-        parts = []
-    elif config.microbatch:
-        parts = list(zip(x.split(config.microbatch), y.split(config.microbatch)))
-    else:
-        parts = [(x, y)]
+    size = config.microbatch or whole
+    parts = [] if x is None else list(zip(x.split(size), y.split(size)))
     statistics = Statistics(network) if config.microbatch else None
     for k, (x, y) in enumerate(parts):
         if statistics:  # TSRD's draws are the microbatch's, whichever process draws them
             torch.manual_seed(data.mix(config.seed, *(m + 1 for m in moment), peers.rank + k * peers.size))
-        x, y = to(x, device, config), y.to(device, non_blocking=True)
-        with autocast(device, config):
-            logits = network(x)
-        loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
+        logits, y = forward(network, x, device, config), y.to(device, non_blocking=True)
+        loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
         (loss * (len(y) / whole)).backward()
         if statistics:
             statistics.add()
@@ -241,10 +247,8 @@ def evaluate(network, loader, config: Config, device, peers=ALONE) -> tuple[floa
         for x, y in loader:
             if x is None:
                 continue
-            x, y = to(x, device, config), y.to(device, non_blocking=True)
-            with autocast(device, config):
-                logits = network(x)
-            sums[0] += F.cross_entropy(logits.float(), y, reduction="sum")
+            logits, y = forward(network, x, device, config), y.to(device, non_blocking=True)
+            sums[0] += F.cross_entropy(logits, y, reduction="sum")
             sums[1] += (logits.argmax(1) == y).sum()
             sums[2] += len(y)
     loss, correct, images = peers.sum(sums).tolist()
@@ -253,19 +257,11 @@ def evaluate(network, loader, config: Config, device, peers=ALONE) -> tuple[floa
     return loss / images, 100 * correct / images, {n: s / max(count, 1) for n, (s, count) in zip(rates.layers, spikes)}
 
 
-def to(x: Tensor, device, config: Config) -> Tensor:
+def forward(network, x: Tensor, device, config: Config) -> Tensor:
+    """Logits, computed at the run's precision and in its layout, in float32."""
     layout = torch.channels_last if config.channels_last and x.dim() == 4 else torch.preserve_format
-    return x.to(device, non_blocking=True, memory_format=layout)
-
-
-def autocast(device, config: Config) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-
-
-def evaluation_set(config: Config, data_root: Path | None = None) -> data.View:
-    """The test set as a run sees it: every image, no augmentation."""
-    tests = data.load_for(config, False, data_root)
-    return data.View(tests, range(len(tests)), data.transform(config.dataset, config.image_size, T=config.T))
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        return network(x.to(device, non_blocking=True, memory_format=layout)).float()
 
 
 def words_to_settings(words: list[str]) -> dict:
@@ -273,8 +269,8 @@ def words_to_settings(words: list[str]) -> dict:
     settings = {}
     for word in words:
         name, equals, value = word.partition("=")
-        if not equals:
-            raise ConfigError(f"a setting is written name=value, got {word!r}")
+        if not equals or name in settings:
+            raise ConfigError(f"a setting is written name=value, and once, got {'a second ' * bool(equals)}{word!r}")
         try:
             settings[name] = json.loads(value)
         except ValueError:
@@ -289,8 +285,16 @@ def main(words: list[str]) -> None:
         print(f"{config.name}: {record.accuracy:.2f} % on the test set after {config.epochs} epochs")
 
 
-if __name__ == "__main__":
+def command(main: Callable[[list[str]], int | None], *told: type[Exception]) -> None:
+    """`main` with the words of the command line; what it is `told` of, and Ctrl-C, ends in one sentence."""
     try:
-        main(sys.argv[1:])
-    except (ConfigError, TrainingError, PeerError, data.DataError, records.RecordError) as error:
+        sys.exit(main(sys.argv[1:]))
+    except told as error:
         sys.exit(f"staa: {error}")
+    except KeyboardInterrupt:
+        print("staa: interrupted; a run goes on after its last whole epoch when it is started again.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    command(main, ConfigError, TrainingError, PeerError, data.DataError, records.RecordError)

@@ -188,8 +188,8 @@ def save_pretrained(network: SpikingNetwork, folder: Path | str) -> None:
     for name, module in network.named_modules():
         for setting, value in plain(made.get(name)).items():
             if plain(module).get(setting) != value:
-                raise RecordError(f"{name} has {setting} = {plain(module).get(setting)}, and its config makes it {value}: "
-                                  "make the network of a config that says so.")
+                raise RecordError(f"{name} has {setting} = {plain(module).get(setting)}, and its config makes it "
+                                  f"{value}: make the network of a config that says so.")
     save(Path(folder) / MODEL, network.state_dict(), config, classes)
     records.write(Path(folder) / CONFIG, (json.dumps(described(config, classes), indent=1) + "\n").encode())
 

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch import nn
 
 from staa import LIF, STAALIF, GlobalContext, PositionEncoding, StepAttention
 from staa.attention import sinusoid
@@ -52,7 +53,26 @@ def test_gc_parameters_are_two_c_squared_over_r():
     for r in (1, 2, 4, 8, 16):
         gc = GlobalContext(64, r)
         assert gc.query.weight.numel() + gc.value.weight.numel() == 2 * 64 ** 2 // r
-    assert GlobalContext(4, 16).query.out_channels == 1
+    assert GlobalContext(4, 16).query.out_channels == 2
+
+
+@pytest.mark.parametrize("channels, r", [(4, 4), (8, 16), (1, 1)])
+def test_gc_with_the_fewest_channels_depends_on_the_data_and_learns(channels, r):
+    gc, x = GlobalContext(channels, r).double(), torch.randn(64, channels, H, W, dtype=torch.float64)
+    nn.init.normal_(gc.value.weight)
+    nn.init.zeros_(gc.query.bias)  # of two channels the norm keeps little more than which is larger
+    gc(x).square().sum().backward()
+    assert all(layer.weight.grad.abs().sum() > 0 for layer in (gc.key, gc.query, gc.value))
+    assert (gc(x) - x)[:, :, 0, 0].std(0).max() > 0.1
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: GlobalContext(8, 0), "r, the scaling coefficient of GC, must be at least 1, got 0"),
+    (lambda: PositionEncoding(8, 1)(torch.zeros(4, 1, 8, 2, 2)), r"takes \(T=1, B, C=8, H, W\), got \(4, 1, 8, 2, 2\)"),
+    (lambda: PositionEncoding(1, 4)(torch.zeros(4, 1, 8, 2, 2)), r"takes \(T=4, B, C=1, H, W\)")])
+def test_a_block_of_another_size_is_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
 
 
 def test_the_offset_of_gc_ignores_where_things_are():
@@ -194,10 +214,22 @@ def test_it_plugs_into_channels_last_and_half_precision():
 @pytest.mark.parametrize("settings, words", [
     (dict(r=0), "r, the scaling"), (dict(alpha=0.0), "alpha"), (dict(beta=1.5), "beta"), (dict(beta=-0.1), "beta"),
     (dict(pe_kind="random"), "learned, fixed"), (dict(pe_place="f"), "input, membrane, both, output"),
-    (dict(v_th=-1.0), "v_th")])
+    (dict(v_th=-1.0), "v_th"), (dict(alpha=math.inf), "alpha must be a finite number"), (dict(gain=math.nan), "gain must be"),
+    (dict(gc=False, r=8), r"r is a setting of the GC block, which is off \(gc=False\); leave it out, got 8"),
+    (dict(sa=False, alpha=1.0), r"alpha is a setting of the SA block, which is off \(sa=False\)"),
+    (dict(pe=False, pe_kind="fixed"), r"pe_kind is a setting of PE, which is off \(pe=False\)"),
+    (dict(pe=False, pe_kind="random"), "pe_kind is a setting of PE, which is off"),
+    (dict(pe=False, pe_place="both"), "pe_place is a setting of PE, which is off"),
+    (dict(decay=0.5), r"decay is a setting of eq. 1, in whose place SA computes \(sa=True\); leave it out, got 0.5"),
+    (dict(gain=0.5), "gain is a setting of eq. 1, in whose place SA computes")], ids=str)
 def test_bad_settings(settings, words):
     with pytest.raises(ValueError, match=words):
         STAALIF(C, T, **settings)
+
+
+def test_a_default_may_be_written_out_where_it_does_nothing():
+    STAALIF(C, T, gc=False, pe=False, sa=False, r=4, alpha=2.0, pe_kind="learned", pe_place="input", decay=0.5, gain=0.5)
+    STAALIF(C, T, decay=0.25, gain=1.0, v_th=0.5, v_reset=-0.5, a=2.0)
 
 
 @pytest.mark.parametrize("channels, steps", [(0, 4), (8, 0)])

@@ -1,13 +1,18 @@
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
+from functools import partial
+from typing import Literal, Optional
 
 import pytest
+from torch import nn
 
-from staa import NETWORKS, NEURONS, Config
-from staa.config import LATER, ConfigError, settings_of
+from staa import LIF, NETWORKS, NEURONS, Config, build
+from staa.config import LATER, ConfigError
+from staa.settings import settings_of
 
 
 @pytest.mark.parametrize("settings, words", [
@@ -17,6 +22,13 @@ from staa.config import LATER, ConfigError, settings_of
     (dict(augment="mixup"), "augment must be one of none, standard"), (dict(precision="fp16"), "float32, bf16"),
     (dict(lr="1e-3"), "lr must be a number, got str '1e-3'; in YAML write 1.0e-3"), (dict(lr=0.0), "lr must be a finite"),
     (dict(lr=float("nan")), "lr must be a finite"), (dict(lr=float("inf")), "lr must be a finite"),
+    (dict(lr=10 ** 400), "lr must be a finite number, got inf"), (dict(clip_norm=math.inf), "clip_norm must be a finite number"),
+    (dict(weight_decay=math.inf), "weight_decay must be a finite"), (dict(width=math.inf), "width must be a finite"),
+    (dict(neuron="lif", neuron_settings={"a": math.inf}), "neuron_settings a must be a finite number, got inf"),
+    (dict(neuron="lif", neuron_settings={"gain": math.nan}), "neuron_settings gain must be a finite number, got nan"),
+    (dict(neuron="lif", neuron_settings={"v_th": 1e39}), "v_th must be a finite number of at most 1e30 in size, got 1e.39"),
+    (dict(width=1e9, neuron="lif"), "network resnet20 could not be built with width=1e.09 and T=4: .*overflow"),
+    (dict(width=1e308), "network resnet20 could not be built"), (dict(network=["resnet20"]), "network must be text"),
     (dict(T=0), "T must be at least 1"), (dict(T=2.0), "T must be a whole number"), (dict(T=True), "whole number"),
     (dict(epochs=0), "epochs must be at least 1"), (dict(batch_size=-1), "batch_size"), (dict(seed=-1), "seed"),
     (dict(width=0.0), "width"), (dict(momentum=1.0), "momentum"), (dict(label_smoothing=-0.1), "label_smoothing"),
@@ -114,3 +126,74 @@ def test_a_networks_settings_are_read_off_its_constructor():
 def test_it_cannot_be_changed():
     with pytest.raises(AttributeError):
         Config().T = 8
+
+
+class Written(nn.Module):
+    """Its annotations are text, as under `from __future__ import annotations`."""
+
+    def __init__(self, channels: "int", T: "int", *, scale: "float" = 1):
+        super().__init__()
+        self.lif, self.scale = LIF(), scale
+
+    def forward(self, x):
+        return self.lif(self.scale * x)
+
+
+class Factory:
+    def __call__(self, channels, T, *, scale: float = 1.0):
+        return Written(channels, T, scale=scale)
+
+
+def function(channels, *, T, scale: float = 1.0):
+    return Written(channels, T, scale=scale)
+
+
+@pytest.mark.parametrize("neuron", [Written, function, Factory(), partial(function), Factory().__call__],
+                         ids=["class", "function", "instance", "partial", "method"])
+def test_any_class_or_factory_is_a_neuron_with_a_name(monkeypatch, neuron):
+    monkeypatch.setitem(NEURONS, "mine", neuron)
+    config = Config(neuron="mine", neuron_settings={"scale": 2})
+    assert config.neuron_settings == {"scale": 2.0} and Config(neuron="mine").neuron_settings == {"scale": 1.0}
+    assert build("resnet20", "mine", width=1 / 16, scale=3).stem[1].scale == 3.0
+    with pytest.raises(ConfigError, match="neuron_settings of mine must be among scale, got 'skale'"):
+        Config(neuron="mine", neuron_settings={"skale": 2.0})
+    monkeypatch.setitem(NEURONS, "mine", lambda channels, T: LIF())
+    assert Config(neuron="mine").neuron_settings == {}
+
+
+def failing(channels, T):
+    raise RuntimeError("no such thing\nas this")
+
+
+@pytest.mark.parametrize("neuron, words", [
+    (lambda channels, T, *, x=1.0: LIF(), "a setting must be annotated as int, float, bool, str, got x=1.0"),
+    (type("Mine", (LIF,), {"__init__": lambda self, channels, T, *, x=None: None}), "annotated as .*, got x=None"),
+    (lambda channels: LIF(), "neuron mine could not be built as neuron.channels, T=T.: .*'T'"),
+    (lambda channels, T, *, x: LIF(), "could not be built as neuron.channels, T=T.: .*'x'"),
+    (failing, "neuron mine could not be built as neuron.channels, T=T.: no such thing$"),
+    (lambda channels, T: int("x"), "neuron mine could not be built as neuron.channels, T=T.: invalid literal"),
+    (partial(LIF, decay=2.0), "^decay must be between 0 and 1"),
+    (lambda channels, T: None, "neuron mine must build a torch module, got NoneType"),
+    (LIF(), "neuron mine must be a class or a factory, got a LIF"), (5, "neuron mine must be a class or a factory, got a int")])
+def test_a_neuron_that_cannot_be_built_gets_one_sentence(monkeypatch, neuron, words):
+    monkeypatch.setitem(NEURONS, "mine", neuron)
+    for kind, make in (ConfigError, lambda: Config(neuron="mine")), (ValueError, lambda: build("resnet20", "mine", width=1 / 16)):
+        with pytest.raises(kind, match=words) as caught:
+            make()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [Optional[float], float | None, Literal["a", "b"], dict, "list[int]"], ids=str)
+def test_a_setting_has_one_of_four_types(kind):
+    def neuron(channels, T, *, x=None):
+        return LIF()
+
+    neuron.__annotations__["x"] = kind
+    with pytest.raises(ConfigError, match="a setting must be annotated as int, float, bool, str, got x: "):
+        settings_of(neuron)
+
+
+def test_a_network_of_somebodys_own_that_fails_gets_one_sentence(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "mine", lambda neuron, num_classes, in_channels, T, width: 1 / 0)
+    with pytest.raises(ConfigError, match="network mine could not be built with width=1 and T=4: division by zero"):
+        Config(network="mine")

@@ -51,8 +51,9 @@ def test_a_subset_is_fixed_distinct_and_keeps_the_shares():
 
 
 def test_a_subset_larger_than_the_set_is_refused():
-    with pytest.raises(DataError, match="train_images must be at most 5"):
-        subset([0, 1, 0, 1, 0], 6)
+    for count in (6, -1):
+        with pytest.raises(DataError, match="train_images must be at least 0 and at most 5"):
+            subset([0, 1, 0, 1, 0], count)
 
 
 def cifar_files(root, name, train=20, test=10):
@@ -244,3 +245,33 @@ def test_a_folders_fingerprint_sees_a_changed_file(tree):
     before = data.fingerprint(load("imagefolder:pets", True))
     Image.new("RGB", (64, 64), (1, 2, 3)).save(tree / "train" / "cat" / "0.png")
     assert data.fingerprint(load("imagefolder:pets", True)) != before
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda d: delattr(d, "data"), "must have .*lacks .samples"), (lambda d: delattr(d, "classes"), "lacks .classes"),
+    (lambda d: delattr(d, "targets"), "lacks .targets"), (lambda d: setattr(d, "targets", []), "at least one image"),
+    (lambda d: setattr(d, "classes", ["a"]), "whole numbers below 1, .* but are 0, 9"),
+    (lambda d: setattr(d, "targets", [str(k) for k in d.targets]), "whole numbers below 10"),
+    (lambda d: setattr(d, "targets", [k - 1 for k in d.targets]), "but are -1, 8")])
+def test_a_dataset_of_ones_own_is_judged_before_it_is_trained_on(monkeypatch, change, words):
+    class Own(torch.utils.data.Dataset):
+        def __init__(self, digits):
+            self.data, self.targets, self.classes = digits.data, digits.targets, digits.classes
+
+        def __len__(self):
+            return len(self.data) if not hasattr(self, "targets") else len(self.targets)
+
+    def opened(train, root):
+        own = Own(data.Digits(train))
+        change(own)
+        return own
+
+    monkeypatch.setitem(data.DATASETS, "own", data.About(1, 0, (0.3,), (0.4,), "own", open=opened))
+    with pytest.raises(DataError, match=f"the test set of own .*{words}"):
+        load("own", False)
+
+
+@pytest.mark.parametrize("name, augment", [("digits", "standrad"), ("digits", "flip"), ("digits-dvs", "flip+rol")])
+def test_an_unknown_augmentation_is_refused(name, augment):
+    with pytest.raises(DataError, match=f"augment of {name} must be one of none, .*got"):
+        transform(name, 8, augment)

@@ -307,7 +307,7 @@ def test_trained_is_the_network_that_was_trained(config):
     with pytest.raises(records.RecordError, match="the weights file .* is damaged .* run trains the network anew"):
         train.trained(record)
     path.unlink()
-    with pytest.raises(records.RecordError, match="the weights of .* are not there .* STAA_RUNS and STAA_RECORDS"):
+    with pytest.raises(records.RecordError, match="the weights of .* are not there .* STAA_RUNS to an empty folder and STAA_RECORDS"):
         train.trained(record)
 
 

@@ -10,12 +10,14 @@ from staa.experiments import (
     FIGURE2,
     FIGURE3,
     FIGURE5,
+    ITEMS,
     POSITION_ENCODING,
     PRESETS,
     SMOKE,
     TABLE1,
     TABLE4,
     TABLE4_STEPS,
+    Settings,
     assigned,
     convergence,
     figure2,
@@ -28,6 +30,7 @@ from staa.experiments import (
     table2,
     table4,
 )
+from staa.train import TrainingError
 
 CELL = "# Parameters\npreset = 'smoke'\nseeds = 1\ndataset = None\nnetwork = None\nneuron = None\nT = None\nlr = None"
 
@@ -115,7 +118,7 @@ def test_figure_2_differs_in_the_place_of_pe_only():
 def test_an_ablation_takes_the_readers_network_in_its_own_smoke_size():
     configs = figure2(settings(notebook(network="vgg13", T=2)))
     assert {(c.network, c.T, c.width, c.image_size) for c in configs} == {("vgg13", 2, 1 / 8, 32)}
-    with pytest.raises(ConfigError, match="neuron_settings of lif must be among"):
+    with pytest.raises(ConfigError, match="neuron of figure2 must have the setting beta"):
         figure2(settings(notebook(neuron="lif")))
 
 
@@ -207,3 +210,56 @@ def test_a_failed_run_lets_go_of_its_network(monkeypatch):
     error = runner.attempt(Config(), print)
     gc.collect()
     assert str(error) == "out of memory" and error.__traceback__ and networks[0]() is None
+
+
+@pytest.mark.parametrize("item, changes, words", [
+    ("table1", dict(T=8), "^table1 has no run with T=8; here it can be 1 or 2 or 4$"),
+    ("table1", dict(network="vgg13", T=1), "^table1 has no run with T=1; here it can be 2 or 4$"),
+    ("table1", dict(network="resnet18"), "^table1 has no run with network=resnet18; here it can be resnet19 or resnet20 or vgg13$"),
+    ("table1", dict(neuron="fsta"), "^table1 has no run with neuron=fsta; here it can be lif or staa$"),
+    ("table2", dict(network="resnet20"), "^table2 has no run with network=resnet20"),
+    ("table3", dict(T=8), "^table3 has no run with T=8; here it can be 16$"),
+    ("figure4", dict(T=8), "^figure4 has no run with T=8"),
+    ("figure4", dict(dataset="dvsgesture"), "^figure4 has no run with dataset=dvsgesture"),
+    ("energy", dict(neuron="fsta"), "^energy has no run with neuron=fsta"),
+    ("table4", dict(neuron_settings={"r": 8}), "^neuron_settings must be left out, for table4 varies it itself"),
+    ("figure3", dict(neuron_settings={"beta": 0.3}), "^neuron_settings must be left out, for figure3 "),
+    ("fsta", dict(neuron_settings={"v_th": 1.0}), "^neuron_settings must be left out, for fsta "),
+    ("statten", dict(network_settings={"chunk": 1}), "^network_settings must be left out, for statten varies it itself"),
+    ("energy", dict(seeds=3, seed=5), "^seed must be left out, for energy varies it itself, got 5$"),
+    ("fsta", dict(seed=5), "^seed must be left out, for fsta"),
+    ("table4", dict(neuron="lif"), "^neuron of table4 must have the setting beta, which it varies, got 'lif'$"),
+    ("statten", dict(network="resnet20"), "^network of statten must be one of statten-2-256, .*, got 'resnet20'$"),
+    ("statten", dict(augment="standard"), "^augment of statten, .* must be one of none, got 'standard'$"),
+    ("siblings", dict(network="vgg13"), "^network must be left out, for siblings ")])
+def test_what_an_item_has_no_use_for_is_refused_in_one_sentence(item, changes, words):
+    asked = Settings("smoke", changes.pop("seeds", 1), changes)
+    with pytest.raises(ConfigError, match=words):
+        ITEMS[item](asked)
+
+
+def test_a_parameter_is_judged_on_the_items_own_datasets_and_networks():
+    asked = settings(dict(preset="smoke", seeds=1, frames="time", seed=5))
+    assert {(c.dataset, c.frames, c.seed) for c in ITEMS["table3"](asked)} == {("digits-dvs", "time", 5)}
+    assert {c.image_size for c in ITEMS["fsta"](settings(dict(preset="smoke", seeds=1, image_size=8)))} == {8}
+    one_row = settings(dict(preset="smoke", seeds=1, neuron="lif", neuron_settings={"decay": 0.5}))
+    assert {c.neuron_settings["decay"] for c in ITEMS["fsta"](one_row)} == {0.5}
+
+
+def test_a_run_that_is_asked_for_twice_is_made_once():
+    lines = []
+    configs = [Config(seed=seed, **TINY) for seed in (1, 0, 1)]
+    assert [r.config["seed"] for r in run_all(configs, log=lines.append)] == [1, 0, 1]
+    assert sum("epoch 1/1" in line for line in lines) == 2 and "2/2 runs" in lines[-1]
+
+
+def test_any_failure_is_one_runs_own(monkeypatch):
+    """BN fails with a ValueError on a last batch of one image whose maps have shrunk to one pixel."""
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    bad = Config(neuron="lif", **TINY | dict(train_images=65, batch_size=64))
+    good = bad.but(train_images=64)
+    with pytest.raises(TrainingError, match="in the last batch of .* BN sees one value a channel.*batch_size"):
+        run_all([bad, good], log=lambda line: None)
+    assert records.find(good)
+    monkeypatch.setattr(runner, "run", lambda config, log: {}["x"])
+    assert isinstance(runner.attempt(good, print), KeyError)

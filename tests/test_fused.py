@@ -1,5 +1,7 @@
 """The fast path against the reference: the same spikes, the same gradients, for any shape, layout, type and setting."""
 
+import runpy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +24,14 @@ staa_settings = st.fixed_dictionaries({}, optional={
     "gc": st.booleans(), "pe": st.booleans(), "sa": st.booleans(), "r": st.integers(1, 4), "alpha": st.floats(0.5, 3),
     "beta": st.sampled_from([0.0, 0.5, 1.0]), "pe_kind": st.sampled_from(["learned", "fixed"]),
     "pe_place": st.sampled_from(["input", "membrane", "both", "output"])})
+
+
+def useful(blocks: dict) -> dict:
+    """The settings without those of a block that is off, and without eq. 1's where SA stands in its place."""
+    off = {"gc": ("r",), "pe": ("pe_kind", "pe_place"), "sa": ("alpha",)}
+    without = [name for block, names in off.items() if not blocks.get(block, True) for name in names]
+    without += ("decay", "gain") if blocks.get("sa", True) else ()
+    return {name: value for name, value in blocks.items() if name not in without}
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +99,7 @@ def test_lif_compiled(channels_last):
 @given(sizes, staa_settings, lif_settings, st.booleans())
 def test_staa(shape, blocks, numbers, channels_last):
     fused.WORTH_COMPILING = WAYS["as it stands"]
-    same(shaken(STAALIF(shape[2], shape[0], **blocks, **numbers).double()), current(shape, channels_last=channels_last))
+    same(shaken(STAALIF(shape[2], shape[0], **useful(blocks | numbers)).double()), current(shape, channels_last=channels_last))
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -284,6 +294,12 @@ def test_a_changed_equation_takes_the_reference():
         neuron.sa.excite.weight *= 2
         neuron.sa.excite.bias *= 2
     assert torch.equal(neuron(x), other(x))
+
+
+@pytest.mark.parametrize("word, on", [("0", False), ("false", False), ("Off", False), ("NO", False), ("1", True), ("yes", True)])
+def test_the_environments_switch(monkeypatch, word, on):
+    monkeypatch.setenv("STAA_FUSED", word)
+    assert runpy.run_path(fused.__file__)["enabled"] is on
 
 
 def test_the_switch(monkeypatch):

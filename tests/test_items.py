@@ -41,7 +41,9 @@ def test_a_grid_is_trained_and_its_finished_records_are_vouched_for(monkeypatch,
 @pytest.mark.parametrize("words, said", [
     ([], "write train or vouch"), (["train"], "write train or vouch"), (["train", "table9"], "one of table1"),
     (["train", "table4", "epoch=3"], "got 'epoch'"), (["train", "table4", "lr"], "name=value"),
-    (["train", "table4", "lr=1e-3x"], "lr must be a number")])
+    (["train", "table4", "lr=1e-3x"], "lr must be a number"), (["train", "table1", "T=8"], "table1 has no run with T=8"),
+    (["vouch", "table1", "T=8"], "table1 has no run with T=8"), (["train", "table4", "lr=0.1", "lr=0.2"], "a second 'lr=0.2'"),
+    (["train", "table4", "network=resnet50"], "network must be one of")])
 def test_bad_words_stop_before_any_work(words, said):
     with pytest.raises(ConfigError, match=said):
         items.main(words)

@@ -1,5 +1,9 @@
 """The networks against the paper's own numbers, and with any neuron."""
 
+import math
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -139,13 +143,51 @@ def test_firing_rates_are_mean_spikes():
     assert all(0 < rate < 1 for rate in rates().values())
 
 
+def test_neurons_in_anybodys_network_are_found_and_none_inside_another():
+    class Mine(nn.Module):
+        def __init__(self, channels, T):
+            super().__init__()
+            self.lif = LIF()
+
+        def forward(self, x):
+            return self.lif(x)
+
+    layer = build("vgg13", Mine, width=1 / 16).stages[1]
+    network = nn.Sequential(nn.Identity(), STAALIF(3, 2), nn.Sequential(layer, LIF()))
+    assert neurons(network) == {"1": network[1], "2.0": layer, "2.1": network[2][1]} and neurons(layer) == {"": layer}
+    with firing_rates(network) as rates:
+        network(torch.full((2, 1, 3, 4, 4), 5.0))
+    assert rates() == {"1": 1.0, "2.0": 1.0, "2.1": 1.0}
+
+
+def test_firing_rates_of_no_neuron_are_refused():
+    with pytest.raises(ValueError, match="firing rates are those of LIF neurons, and this Sequential has none"):
+        firing_rates(nn.Sequential(nn.ReLU()))()
+
+
 @pytest.mark.parametrize("arguments, words", [
     (dict(network="resnet50"), "network must be one of vgg13, resnet19"), (dict(neuron="lief"), "neuron must be one of"),
     (dict(T=0), "T must be at least 1"), (dict(num_classes=0), "num_classes"), (dict(in_channels=0), "in_channels"),
-    (dict(width=0), "width must be above 0"), (dict(r=0), "r, the scaling")])
+    (dict(width=0), "width must be above 0"), (dict(r=0), "r, the scaling"),
+    (dict(network=["resnet20"]), "network must be one of"), (dict(network=None), "network must be one of"),
+    (dict(T=4.0), "T must be a whole number, got float 4.0"), (dict(T=True), "T must be a whole number"),
+    (dict(num_classes="10"), "num_classes must be a whole number"), (dict(width="0.5"), "width must be a number, got str"),
+    (dict(width=math.inf), "width must be a finite number"), (dict(width=math.nan), "width must be a finite number"),
+    (dict(bta=0.1), "neuron_settings of staa must be among gc, .*, got 'bta'"), (dict(r=2.5), "r must be a whole number"),
+    (dict(gc="False"), "gc must be True or False, got str 'False'"), (dict(alpha=math.inf), "alpha must be a finite"),
+    (dict(neuron=STAALIF, bta=0.1), "neuron_settings of staa must be among gc, .*, got 'bta'"),
+    (dict(neuron=LIF()), "neuron must be one of lif, .* or your own class or factory, got a LIF"),
+    (dict(neuron=None), "neuron must be one of lif, .* or your own class or factory, got a NoneType"),
+    (dict(neuron=lambda channels, T: LIF(), x=1), "could not be built as neuron.channels, T=T.: .*'x'"),
+    (dict(network_settings={"chunk": 4}), "network_settings of resnet20 must be empty, got 'chunk'"),
+    (dict(network_settings={"stem": "one"}), "network_settings of resnet20 must be empty, got 'stem'"),
+    (dict(network_settings=[4]), "network_settings must be a dictionary"),
+    (dict(network="statten-2-256", network_settings={"depth": 1}), "must be among heads, chunk, pools, event, got 'depth'"),
+    (dict(network="statten-2-256", network_settings={"chunk": 2.0}), "network_settings chunk must be a whole number")])
 def test_bad_arguments(arguments, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as caught:
         build(**{"network": "resnet20"} | arguments)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name, shape, words", [
@@ -164,3 +206,11 @@ def test_the_smallest_image_works(name, size):
 
 def test_the_public_names_are_there():
     assert all(hasattr(staa, name) for name in staa.__all__)
+
+
+def test_the_other_files_are_there_at_their_first_use():
+    code = ("import sys, staa; assert 'staa.interchange' not in sys.modules; staa.interchange.write; staa.memory.keep_freed; "
+            "assert not hasattr(staa, 'nothing') and not hasattr(staa, '__wrapped__')")
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="module 'staa' has no attribute 'nothing'"):
+        staa.nothing

@@ -1,10 +1,12 @@
 """The LIF neuron against trajectories and gradients worked out by hand."""
 
+from math import inf, nan
+
 import pytest
 import torch
 from torch.autograd import gradcheck
 
-from staa import LIF, rectangle
+from staa import FSTALIF, LIF, STAALIF, STAttenLIF, rectangle
 
 
 def spikes_of(neuron, current):
@@ -113,7 +115,9 @@ def test_channels_last_layout_is_kept():
 
 @pytest.mark.parametrize("settings, words", [
     (dict(decay=1.5), "decay must be between 0 and 1"), (dict(a=0.0), "a, the width"), (dict(a=-1.0), "above 0"),
-    (dict(v_th=0.0, v_reset=0.5), "v_th must be above v_reset"), (dict(decay=float("nan")), "decay")])
+    (dict(v_th=0.0, v_reset=0.5), "v_th must be above v_reset"), (dict(decay=float("nan")), "decay"),
+    *((dict([pair]), f"{pair[0]} must be a finite number of at most 1e30 in size, got") for pair in [
+        ("v_th", inf), ("v_th", 1e39), ("v_reset", -inf), ("v_reset", -1e31), ("a", inf), ("a", 2e30), ("gain", nan)])], ids=str)
 def test_bad_settings(settings, words):
     with pytest.raises(ValueError, match=words):
         LIF(**settings)
@@ -122,3 +126,27 @@ def test_bad_settings(settings, words):
 def test_bad_tau():
     with pytest.raises(ValueError, match="tau must be at least 1"):
         LIF.from_tau(0.5)
+    with pytest.raises(ValueError, match="tau must be a finite number"):
+        LIF.from_tau(inf)
+
+
+def test_the_largest_numbers_end():
+    for settings in (dict(v_th=1e30), dict(v_reset=-1e30), dict(a=1e30)):
+        x = torch.ones(2, 3, requires_grad=True)
+        LIF(**settings)(x).sum().backward()
+        assert x.grad.isfinite().all()
+
+
+def test_tau_of_the_neurons_that_have_one():
+    x = torch.randn(4, 2, 8, 3, 3) * 2
+    neuron = STAALIF.from_tau(3.0, 8, T=4, gc=False, pe=False, sa=False, beta=0.0)
+    assert type(neuron) is STAALIF and torch.equal(neuron(x), LIF.from_tau(3.0)(x))
+    neuron = STAttenLIF.from_tau(3.0, slope=2.0)
+    assert type(neuron) is STAttenLIF and neuron.slope == 2.0 and torch.equal(neuron(x), STAttenLIF(tau=3.0)(x))
+
+
+@pytest.mark.parametrize("neuron, words", [
+    (STAALIF, "decay is a setting of eq. 1, in whose place SA computes"), (FSTALIF, "from_tau does not apply to FSTALIF")])
+def test_tau_of_the_neurons_that_have_none(neuron, words):
+    with pytest.raises(ValueError, match=words):
+        neuron.from_tau(2.0, 8, 4)

@@ -126,6 +126,17 @@ def test_what_nir_cannot_express_is_refused_with_the_reason(tmp_path, network, s
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("size, dt, said", [
+    *((size, DT, "image_size must be a whole number of at least 16, got") for size in (15, 0, -32, 32.0, "32", True)),
+    *((32, dt, "dt, the seconds of a time step, must be a finite number above 0, got") for dt in (
+        0, -1e-4, float("inf"), float("nan"), "1e-4"))])
+def test_a_bad_number_is_refused_before_any_work(tmp_path, monkeypatch, size, dt, said):
+    monkeypatch.setattr(interchange, "Export", None)
+    with pytest.raises(InterchangeError, match=said):
+        write(tmp_path / "network.nir", staa.build("resnet20", "lif", T=2, width=1 / 16), size, dt)
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_nir_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "nir", None)
     with pytest.raises(InterchangeError, match="needs nir, which is not installed"):

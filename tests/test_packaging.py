@@ -59,7 +59,7 @@ def test_the_core_imports_need_no_more_than_torch_and_numpy():
 
 
 def test_imports_go_downwards():
-    order = ["memory", "fused", "fused_staa", "neuron", "attention", "fsta", "networks", "statten", "records", "interchange",
+    order = ["memory", "settings", "fused", "fused_staa", "neuron", "attention", "fsta", "networks", "statten", "records", "interchange",
              "simulator", "events", "frames", "data", "samples", "config", "optimizer", "distributed", "checkpoint",
              "weights", "resident", "train", "runner",
              "experiments", "energy", "lemaire", "gradcam", "stats", "tables", "studies", "plots", "curves", "siblings",

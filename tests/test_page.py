@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from staa import page, records, tables
+from staa.config import ConfigError
 
 TABLE = pd.DataFrame({"Row": ["a & b", "<c>"], "Paper: x_1": ["94.08 %", "not in our source"], "r": ["1 ± 2", "{#}"]})
 
@@ -103,7 +104,7 @@ def test_a_run_that_fails_costs_no_notebook(small, capsys, monkeypatch):
 
     monkeypatch.setattr(page, "run_all", fails)
     (page.NOTEBOOKS / "bad.ipynb").unlink()
-    assert page.main() == 1
+    assert page.main([]) == 1
     said = capsys.readouterr().out
     assert "good: executed" in said and "a run failed: the loss of x is no longer finite." in said
 
@@ -119,3 +120,10 @@ def test_a_notebook_that_fails_costs_no_other_and_nothing_is_done_twice(small, c
     assert page.main() == 0 and "executed" not in capsys.readouterr().out
     os.utime(page.NOTEBOOKS / "good.ipynb", times=(time.time() + 5,) * 2)
     assert not good.fresh()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["lst"], ["list", "train"]])
+def test_a_wrong_word_starts_nothing(words, small, capsys):
+    with pytest.raises(ConfigError, match="^write list or train, or nothing, got"):
+        page.main(words)
+    assert page.main(["list"]) == 0 and "good" in capsys.readouterr().out and not list(records.folder("runs").glob("*"))

@@ -88,7 +88,7 @@ def test_with_all_gates_at_a_half_the_current_grows_by_an_eightieth():
 @pytest.mark.parametrize("temporal", [False, True])
 @pytest.mark.parametrize("spatial", [False, True])
 def test_each_branch_is_a_switch(temporal, spatial):
-    neuron, x = FSTALIF(5, T=2, temporal=temporal, spatial=spatial, k=3), torch.randn(2, 3, 5, 6, 6)
+    neuron, x = FSTALIF(5, T=2, temporal=temporal, spatial=spatial), torch.randn(2, 3, 5, 6, 6)
     names = {name.partition(".")[0] for name, _ in neuron.named_parameters()}
     assert names == {*["temporal"] * temporal, *["spatial", "t", "s"] * spatial}
     factor = neuron.attend(x) / x
@@ -125,6 +125,18 @@ def test_on_one_pixel_only_the_centres_of_window_and_kernel_count():
     with torch.no_grad():
         centre = neuron.spatial.convolutions[0].weight[0, :, 3, 3] @ neuron.spatial.dct.basis[:, 0, 3, 3]
         torch.testing.assert_close(neuron.spatial(x), (centre * x.mean(0).sum(1, keepdim=True)).sigmoid())
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: FSTALIF(4, 2, slope=math.inf), "slope must be a finite number"),
+    (lambda: FSTALIF(4, 2, v_th=math.inf), "v_th must be a finite number"),
+    (lambda: FSTALIF(4, 2, spatial=False, k=3), r"k is a setting of the spatial branch, which is off \(spatial=False\)"),
+    (lambda: FSTALIF(4, 2, spatial=False, reduction=7), "reduction is a setting of the spatial branch, which is off"),
+    (lambda: STAttenLIF(tau=math.inf), "tau must be a finite number"),
+    (lambda: STAttenLIF(slope=math.nan), "slope must be a finite number")])
+def test_settings_that_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
 
 
 # --- STAtten ---

@@ -72,9 +72,10 @@ def test_only_seeds_that_both_have_are_compared():
 
 
 def test_the_closing_sentence_is_computed():
-    sure, open_ = stats.paired([1.0, 1.1, 1.2]), stats.paired([-1.0, 2.0, 0.5])
-    text = stats.verdict({"SA": sure, "PE": open_, "GC": None})
-    assert text == (f"Over 3 seeds these steps are beyond chance: SA ({sure}). These are not: PE ({open_}).")
+    sure, open_, loss = (stats.paired(d) for d in ([1.0, 1.1, 1.2], [-1.0, 2.0, 0.5], [-1.0, -1.1, -1.2]))
+    text = stats.verdict({"SA": sure, "PE": open_, "GC": None, "TSRD": loss})
+    assert text == (f"Over 3 seeds, gains beyond chance: SA ({sure}); losses beyond chance: TSRD ({loss}); "
+                    f"undecided: PE ({open_}).")
     assert stats.verdict({"SA": stats.paired([1.0])}) == "One seed: nothing can be said about chance."
     assert "nothing to compare" in stats.verdict({"SA": None})
-    assert "beyond chance: none." in stats.verdict({"PE": open_})
+    assert "losses beyond chance: none; undecided: PE" in stats.verdict({"PE": open_})

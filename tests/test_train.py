@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from staa import Config, records, train
+from staa.config import ConfigError
 from staa.records import Record, RecordError
 from staa.train import TrainingError, evaluate, learning_rate, run, train_epoch
 
@@ -394,3 +395,28 @@ def test_a_bad_word_on_the_command_line_is_one_line(root, words):
     code, error = faults.command_line(root, *words, *(f"{k}={v}" for k, v in rest.items() if k not in given))
     assert code == 1 and error.startswith("staa: ") and error.count("\n") == 1, error
     assert not list(root.glob("runs/*/record.json"))
+
+
+@pytest.mark.parametrize("config, settings, words", [
+    ({"dataset": "digits"}, {}, "^run takes a Config"), (SMALL, {"device": "gpu"}, "^device must be cpu, or cuda .*'gpu'"),
+    (SMALL, {"device": 7.5}, "^device must be cpu"), (SMALL, {"device": "cuda:99"}, "^device cuda:99 is not there"),
+    (SMALL, {"workers": -1}, "^workers must be a whole number"), (SMALL, {"workers": "2"}, "^workers must be .*'2'")])
+def test_what_run_cannot_take_is_one_sentence(config, settings, words):
+    with pytest.raises(TrainingError, match=words):
+        run(config, **settings)
+
+
+def test_a_setting_is_given_once():
+    with pytest.raises(ConfigError, match="and once, got a second 'lr=0.2'"):
+        train.words_to_settings(["lr=0.1", "lr=0.2"])
+
+
+def test_ctrl_c_on_the_command_line_is_one_sentence(capsys):
+    def main(words):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        train.command(main)
+    assert end.value.code == 130
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "goes on after its last whole epoch" in said

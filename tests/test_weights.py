@@ -14,7 +14,7 @@ import staa
 from staa import Config, items, records, train, weights
 from staa.records import Record, RecordError
 
-CONFIG = Config(dataset="cifar10", network="resnet20", neuron="staa", neuron_settings={"beta": 0.3, "alpha": 1.5, "decay": 0.5}, T=2,
+CONFIG = Config(dataset="cifar10", network="resnet20", neuron="staa", neuron_settings={"beta": 0.3, "alpha": 1.5, "a": 0.9}, T=2,
                 width=1 / 16)
 TINY = Config(dataset="digits", network="vgg13", neuron="lif", width=1 / 32, T=1, train_images=64, batch_size=32, lr=0.01)
 
@@ -143,7 +143,7 @@ def test_what_does_not_match_is_refused(file, change, said):
 
 @pytest.mark.parametrize("change", [
     with_tensor("head.bias", lambda t: t["head.bias"] + 1e-6), with_setting(lr=0.2),
-    with_setting(neuron_settings={"beta": 0.3, "alpha": 1.6, "decay": 0.5}), with_setting(T=0.5, width=[]),
+    with_setting(neuron_settings={"beta": 0.3, "alpha": 1.6, "a": 0.9}), with_setting(T=0.5, width=[]),
     lambda tensors, about: about.update(config=[]), lambda tensors, about: about.pop("config"),
     lambda tensors, about: about.update(classes="seven"), lambda tensors, about: about.update(classes=0),
     lambda tensors, about: about.update(sha256="0" * 64)])

@@ -1,0 +1,77 @@
+"""What a setting may be, of a run, a network or a neuron: one sentence where it may not."""
+
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+#: Beyond it float32 has no room to compute.
+LARGEST = 1e30
+
+
+class ConfigError(ValueError):
+    """A setting that is not allowed; the message is one sentence that says what is."""
+
+
+def one_of(name: str, value, allowed: Iterable[str]) -> None:
+    if value not in tuple(allowed):  # a list has no hash
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def typed(name: str, value, kind: type) -> Any:
+    """value as `kind`: a whole number may stand for a float, which is finite; nothing else is converted."""
+    if kind is float and type(value) is int:
+        value = float(value) if abs(value) <= sys.float_info.max else math.inf
+    if type(value) is not kind:
+        hint = "; in YAML write 1.0e-3 for 1e-3" if kind is float and type(value) is str else ""
+        words = {int: "a whole number", float: "a number", bool: "True or False", str: "text", dict: "a dictionary"}
+        raise ConfigError(f"{name} must be {words[kind]}, got {type(value).__name__} {value!r}{hint}")
+    if type(value) is float and not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, got {value}")
+    return value
+
+
+def settings_of(constructor: Callable) -> dict[str, tuple[type, Any]]:
+    """The settings of a neuron or a network, which is a class or a factory: name -> (type, default).
+
+    They are the keyword-only parameters with a default but T, and those of a class's base where **kwargs hand them on.
+    A partial may change a default; what it fixes has none. Raises ConfigError where a type is none that a setting has.
+    """
+    found: dict[str, tuple[type, Any]] = {}
+    made, fixed = getattr(constructor, "func", constructor), getattr(constructor, "keywords", {})
+    kinds = {kind.__name__: kind for kind in (int, float, bool, str)}
+    calls = [made] if not isinstance(made, type) else [
+        vars(cls)["__init__"] for cls in made.__mro__
+        if "__init__" in vars(cls) and cls.__module__.partition(".")[0] != "torch"]
+    for call in calls:
+        parameters = inspect.signature(call).parameters.values()
+        for p in parameters:
+            if p.kind is p.KEYWORD_ONLY and p.default is not p.empty and p.name != "T" and p.name not in found:
+                kind = kinds.get(getattr(p.annotation, "__name__", p.annotation))  # a type, or its name as text
+                if kind is None:
+                    raise ConfigError(f"a setting must be annotated as {', '.join(kinds)}, got {p}")
+                found[p.name] = kind, fixed.get(p.name, p.default)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def bounded(**numbers: float) -> None:
+    """Refuse what is not finite, or too large to compute with."""
+    for name, value in numbers.items():
+        if not abs(value) <= LARGEST:
+            raise ValueError(f"{name} must be a finite number of at most 1e30 in size, got {value}")
+
+
+def unused(neuron: type, where: str, **given) -> None:
+    """Refuse settings that do nothing, unless at the neuron's defaults: one and the same run would have two names."""
+    defaults = settings_of(neuron)
+    for name, value in given.items():
+        if value != defaults[name][1]:
+            raise ValueError(f"{name} is a setting of {where}; leave it out, got {value!r}")
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
