@@ -26,6 +26,7 @@ from staa.experiments import (
     position_encoding,
     run_all,
     settings,
+    statten,
     table1,
     table2,
     table4,
@@ -263,3 +264,20 @@ def test_any_failure_is_one_runs_own(monkeypatch):
     assert records.find(good)
     monkeypatch.setattr(runner, "run", lambda config, log: {}["x"])
     assert isinstance(runner.attempt(good, print), KeyError)
+
+
+def test_presets_train_as_the_notebooks_and_the_readme_say():
+    def differs(item, preset, **more):
+        config, plain = ITEMS[item](Settings(preset, 1, more))[0], Config()
+        return {name: value for name, value in vars(config).items()
+                if value != getattr(plain, name) and name not in ("dataset", "network", "network_settings", "neuron", "neuron_settings")}
+
+    assert (Config().lr, Config().batch_size, Config().momentum, Config().weight_decay) == (0.1, 128, 0.9, 5e-4)
+    assert differs("table1", "paper") == dict(epochs=500, augment="autoaugment", T=2)
+    assert differs("table1", "short") == dict(epochs=50, augment="autoaugment", precision="bf16", T=2)
+    assert differs("table2", "paper") == dict(epochs=300, augment="imagenet", image_size=224, batch_size=256, weight_decay=1e-4)
+    assert differs("table3", "paper") == dict(epochs=500, augment="flip+roll", image_size=48, T=16, frames="count")
+    assert differs("table4", "cut") == dict(epochs=3, train_images=10_000, width=0.25, augment="standard", batch_size=64, lr=0.02)
+    assert ITEMS["statten"](Settings("paper", 1, {}))[-1].optimizer == "adamw"
+    (static,) = {(c.lr, c.weight_decay, c.label_smoothing, c.epochs, c.warmup_epochs) for c in statten(Settings("paper", 1, {}))}
+    assert static == (3e-4, 0.01, 0.1, 500, 50)

@@ -16,6 +16,7 @@ from torch import nn
 
 from staa import Config, records, train
 from staa.config import ConfigError
+from staa.optimizer import new_optimizer
 from staa.records import Record, RecordError
 from staa.train import TrainingError, evaluate, learning_rate, run, train_epoch
 
@@ -292,6 +293,7 @@ def test_the_warm_up_rises_and_then_is_over():
     plain, warm = Config(epochs=20, lr=0.3), Config(epochs=20, lr=0.3, warmup_epochs=5)
     rates = [learning_rate(warm, step / 10) for step in range(201)]
     assert rates[0] < 0.1 * 0.3 * 1.001 and max(rates) < 0.3
+    assert [learning_rate(warm, p) / learning_rate(plain, p) for p in (0, 1, 2.5, 4.5)] == pytest.approx([0.1, 0.3, 0.6, 1])
     assert (np.diff(rates[:45]) > 0).all()
     assert rates[50:] == [learning_rate(plain, step / 10) for step in range(50, 201)]
 
@@ -320,7 +322,7 @@ def test_two_steps_are_sgd_by_hand(settings):
     x, y = rng.normal(size=(6, 5)), np.array([0, 1, 2, 2, 1, 0])
     network = nn.Linear(5, 3)
     W, b = (p.detach().numpy().astype(float) for p in (network.weight, network.bias))
-    optimizer = torch.optim.SGD(network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+    optimizer = new_optimizer(config, network.parameters())
     loader = [(torch.tensor(x, dtype=torch.float32), torch.tensor(y))]
     target = np.eye(3)[y] * (1 - config.label_smoothing) + config.label_smoothing / 3
     velocity = [np.zeros_like(W), np.zeros_like(b)]
