@@ -135,7 +135,7 @@ def commit() -> str:
     def git(*words):
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
     try:
-        head = git("rev-parse", "HEAD")
+        head = git("rev-parse", "--verify", "--quiet", "HEAD")
         return head + ("+" if head and git("status", "--porcelain", "--untracked-files=no") else "")
     except OSError:
         return ""

@@ -176,6 +176,35 @@ def test_testing_only_scales_and_normalises():
         torch.testing.assert_close(transform("cifar10", 32)(image), expected)
 
 
+@pytest.mark.parametrize("name, mean, std", [
+    ("cifar10", (0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
+    ("cifar100", (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047))])
+def test_mean_and_deviation_of_cifar_are_the_published_ones_over_all_training_pixels(name, mean, std):
+    """Not the mean of the images' own deviations, 0.2023, 0.1994, 0.2010, which is handed down as well."""
+    about = data.describe(name)
+    assert about.mean == pytest.approx(mean, abs=5e-5) and about.std == pytest.approx(std, abs=5e-5)
+
+
+@pytest.mark.parametrize("h, w, top, left", [(32, 40, 2, 6), (40, 32, 6, 2)])
+def test_testing_on_image_folders_resizes_the_shorter_side_by_eight_sevenths_and_crops_the_centre(h, w, top, left):
+    """As 256 to 224. An image whose shorter side is 28 * 8 / 7 = 32 already is cropped only, pixel by pixel."""
+    pixels = np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8)
+    about = data.describe("imagefolder")
+    x = transform("imagefolder", 28)(Image.fromarray(pixels)) * torch.tensor(about.std)[:, None, None] + torch.tensor(about.mean)[:, None, None]
+    expected = torch.tensor(pixels[top:top + 28, left:left + 28]).permute(2, 0, 1) / 255
+    torch.testing.assert_close(x, expected)
+
+
+def test_imagenet_augmentation_mirrors_every_other_crop_and_none_upside_down():
+    ramp = np.arange(64, dtype=np.uint8)  # brighter to the right and, in another channel, to the bottom
+    image = Image.fromarray(np.stack(np.broadcast_arrays(ramp * 3, ramp[:, None] * 3, 0), axis=-1).astype(np.uint8))
+    crops = torch.stack([transform("imagefolder", 24, "imagenet")(image) for _ in range(200)])
+    right, down = crops[:, 0].diff(dim=2), crops[:, 1].diff(dim=1)
+    mirrored = (right <= 0).all(2).all(1)
+    assert ((right >= 0).all(2).all(1) | mirrored).all() and (down >= 0).all()
+    assert 65 <= mirrored.sum() <= 135, "200 fair coins: within five deviations"
+
+
 def test_standard_augmentation_is_a_crop_or_its_mirror():
     image, _ = images(1)[0]
     plain = transform("cifar10", 32)

@@ -1,5 +1,7 @@
 """Counts by hand, by torch's own counter and by SpikingJelly's; the paper's numbers; Lemaire's formulas."""
 
+from functools import partial
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from staa import (
     tables,
     train,
 )
+from staa.fsta import FSTALIF
 from staa.networks import SpikingNetwork, Steps
 
 
@@ -158,6 +161,22 @@ def test_acs_are_multiply_adds_times_the_rate_and_images_and_frames_are_averaged
     assert network.training and not any(layer._forward_hooks for layer in network.modules())
 
 
+@pytest.mark.parametrize("switches, gates", [({"spatial": False}, 1), ({"temporal": False}, 3), ({}, 4)])
+def test_fstas_gates_by_hand(switches, gates):
+    """X g is one multiplication a number; X_t a, t X_t and s X_s are three."""
+    found = energy.measure(Small(partial(FSTALIF, **switches), T=3), [torch.rand(1, 2, 8, 8)])
+    assert found.total("multiply_adds", "gates of FSTA") == gates * 3 * (5 * 8 * 8 + 6 * 4 * 4)
+
+
+def test_the_coefficients_of_what_is_no_layer_by_hand():
+    found = energy.measure(Small(FSTALIF, T=3), [torch.rand(1, 2, 8, 8)])
+    assert [op.coefficients for op in found.operations if op.what == "DCT"] == [49 * 49] * 2  # as many windows of 7 x 7
+    network = build("statten-2-256", "statten", T=4, width=1 / 8, network_settings={"chunk": 2})
+    found = energy.measure(network, [torch.rand(1, 3, 16, 16)])
+    read = {op.name.rpartition(".")[2]: op.coefficients for op in found.operations if op.what == "attention product"}
+    assert read == {"context": 32 * 2 * 4 * 4, "read": 8 * 4 * 4}  # V of a chunk; a matrix K^T V for each of 8 heads
+
+
 def test_bn_folded_or_not():
     images = torch.rand(1, 3, 32, 32)
     network = firing(build("vgg13", "lif", T=2, width=1 / 16), images)
@@ -279,6 +298,15 @@ def test_lemaires_attention_costs_what_it_reads_and_writes():
     assert alone["operations"] * 1e9 == pytest.approx(sum(found.units.values()) * 3.2 + sum(spikes.values()) * 0.1)
     assert with_mixing["operations"] * 1e9 == pytest.approx(2 * n * 3.2 + spikes["one.1"] * 0.1)
     assert set(neurons(network)) == set(found.units)
+
+
+def test_lemaires_attention_writes_what_its_convolutions_make():
+    """By hand for GC's key, 5 channels of 8 x 8 to one; 8 kB cost 10 pJ an access."""
+    found = energy.measure(Small(NEURONS["staa"], T=1), [torch.rand(1, 2, 8, 8)])
+    (key,) = [op for op in found.operations if op.name == "one.1.gc.key"]
+    reads, writes = 5 * 8 * 8, 8 * 8
+    pj = (reads * reads + writes * writes) * 4 / 1024 * 10 / 8
+    assert lemaire.formal(key, found)["inputs and outputs"] == pytest.approx(pj)
 
 
 # the way from a finished run to the table and the figures

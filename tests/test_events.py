@@ -268,6 +268,44 @@ def test_the_augmentations_by_what_they_keep():
         "RandomHorizontalFlip", "Roll", "RandomRotation", "Cutout"] and not frames.augmentation("none", 34)
 
 
+def test_rotation_is_by_up_to_fifteen_degrees_either_way():
+    x = torch.zeros(1, 2, 61, 61)
+    x[..., 29:32, 53:56] = 1  # a spot 24 pixels to the right of the centre
+    turned = [frames.augmentation("rotate", 61)[0](x)[0, 0].nonzero().double().mean(0) - 30 for _ in range(150)]
+    angles = np.array([np.degrees(np.arctan2(-float(y), float(x))) for y, x in turned])
+    assert abs(angles).max() < 16 and angles.min() < -12 and angles.max() > 12 and abs(angles.mean()) < 4
+
+
+def test_cutout_is_a_square_of_a_sixth_of_the_side_and_smaller_only_at_the_border():
+    for size, side in ((48, 8), (24, 4)):
+        cut = torch.stack([frames.augmentation("cutout", size)[0](torch.ones(1, 1, size, size))[0, 0] == 0 for _ in range(200)])
+        whole = cut.sum((1, 2)) == side ** 2
+        assert cut.any(2).sum(1).max() == cut.any(1).sum(1).max() == side
+        assert float(whole.float().mean()) == pytest.approx((1 - 7 / 48) ** 2, abs=0.15), "centres uniform over the image"
+
+
+def test_mix_up_takes_any_partner_and_any_share_the_same_for_image_and_label():
+    class Own(torch.utils.data.Dataset):
+        """Image k is 2 at place k, so that an image tells what it was mixed of."""
+        targets, classes = list(range(6)), list("abcdef")
+
+        def __getitem__(self, i):
+            return 2 * torch.eye(6)[i], i
+
+    chosen = [5, 3, 0, 1]
+    seen = [View(Own(), chosen, lambda x: x, epoch=epoch, mixup=True)[1] for epoch in range(600)]
+    images, labels = map(torch.stack, zip(*seen))
+    torch.testing.assert_close(images, 2 * labels)
+    own, others = labels[:, 3], labels[:, [5, 0, 1]]
+    torch.testing.assert_close(labels.sum(1), torch.ones(600))
+    assert not labels[:, [2, 4]].any() and ((others > 0).sum(1) <= 1).all(), "one partner, of those that are trained on"
+    partners = (others > 0).float().mean(0)
+    assert (abs(partners - 1 / 4) < 0.1).all(), "each of the four as often, the image itself one of them"
+    shares = own[others.any(1)]
+    quantiles = shares.quantile(torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9]))
+    torch.testing.assert_close(quantiles, torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9]), atol=0.1, rtol=0)
+
+
 def test_mix_up_is_a_weighted_sum_of_two_recordings_and_their_labels(root):
     config = Config(dataset="nmnist", image_size=34, augment="mixup")
     found, plain = load_for(config, True), transform("nmnist", 34)

@@ -95,6 +95,15 @@ def test_lif_compiled(channels_last):
             same(LIF(**numbers), current(shape, channels_last=channels_last))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_wider_rectangle_is_lower(way):
+    """With a = 4 it is 1/4 from U = -1 to 3; without memory, decay = 0, U is the current."""
+    fused.WORTH_COMPILING = WAYS[way]
+    x = torch.tensor([[-1.5, -0.5], [0.5, 1.5], [2.5, 3.5]], dtype=torch.float64, requires_grad=True)
+    LIF(decay=0.0, a=4.0)(x).sum().backward()
+    assert x.grad.tolist() == [[0, 0.25], [0.25, 0.25], [0.25, 0]]
+
+
 @few
 @given(sizes, staa_settings, lif_settings, st.booleans())
 def test_staa(shape, blocks, numbers, channels_last):
@@ -294,6 +303,13 @@ def test_a_changed_equation_takes_the_reference():
         neuron.sa.excite.weight *= 2
         neuron.sa.excite.bias *= 2
     assert torch.equal(neuron(x), other(x))
+
+
+@pytest.mark.parametrize("neuron", [LIF(), STAALIF(4, 3)])
+def test_inside_the_readers_own_compiled_network_there_is_no_break(neuron):
+    x = current((3, 2, 4, 5, 6), torch.float32)
+    neuron = shaken(neuron).eval()
+    assert torch.equal(torch.compile(neuron, backend="eager", fullgraph=True)(x), neuron(x)) and neuron(x).any()
 
 
 @pytest.mark.parametrize("word, on", [("0", False), ("false", False), ("Off", False), ("NO", False), ("1", True), ("yes", True)])

@@ -57,6 +57,51 @@ def test_imagenet_networks_have_torchvisions_parameters(name):
     assert parameters(build(name, "lif", num_classes=1000)) == parameters(torchvision.models.get_model(name))
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+def test_imagenet_networks_with_relu_compute_what_torchvisions_do(name):
+    import torchvision
+
+    theirs = torchvision.models.get_model(name).eval()
+    ours = build(name, lambda channels, T: nn.ReLU(), num_classes=1000, T=1).eval()
+    ours.load_state_dict(dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True)))
+    x = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, size, expected", [
+    ("vgg13", 32, [32, 32, 16, 16, 8, 8, 4, 4, 2, 2]), ("resnet19", 32, [32] * 7 + [16] * 6 + [8] * 4),
+    ("resnet20", 32, [32] * 3 + [16] * 4 + [8] * 4 + [4] * 4 + [2] * 4),
+    ("resnet18", 224, [112] + [56] * 4 + [28] * 4 + [14] * 4 + [7] * 4),
+    ("resnet34", 224, [112] + [56] * 6 + [28] * 8 + [14] * 12 + [7] * 6)])
+def test_the_maps_at_each_neuron_have_the_layouts_sizes(name, size, expected):
+    network, seen = build(name, "lif", T=1, width=1 / 32), []
+    for layer in neurons(network).values():
+        layer.register_forward_hook(lambda layer, x, spikes: seen.append(spikes.shape[-2:]))
+    network(torch.rand(2, 3, size, size))
+    assert seen == [(side, side) for side in expected]
+
+
+@pytest.mark.parametrize("name, block, pooled", [("resnet18", 2, False), ("resnet19", 3, False), ("resnet20", 2, True)])
+def test_a_shortcut_to_smaller_maps_leaves_out_pixels_or_averages_them(name, block, pooled):
+    """That of the second stage's first block."""
+    shortcut = build(name, "lif", T=1, width=1 / 32).stages[block].shortcut.eval()
+    weight = next(shortcut.parameters())
+    x = torch.randn(2, 3, weight.shape[1], 8, 8)
+    less = x.unflatten(-1, (4, 2)).unflatten(-3, (4, 2)).mean((-3, -1)) if pooled else x[..., ::2, ::2]
+    expected = torch.einsum("oi, tbihw -> tbohw", weight[:, :, 0, 0], less) / (1 + 1e-5) ** 0.5  # an untrained BN
+    assert weight.shape[2:] == (1, 1)
+    torch.testing.assert_close(shortcut(x), expected)
+
+
+def test_a_block_that_adds_nothing_passes_the_gradient_through_its_shortcut():
+    block = staa.networks.BasicBlock(lambda channels: nn.Identity(), 3, 3, 1, False)
+    nn.init.zeros_(block.conv2[1].weight)
+    x = torch.randn(2, 4, 3, 5, 5, requires_grad=True)
+    out, grad = block(x), torch.randn(2, 4, 3, 5, 5)
+    out.backward(grad)
+    assert torch.equal(out, x) and torch.equal(x.grad, grad)
+
+
 @pytest.mark.parametrize("neuron", ["lif", "staa"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_spikes_are_zero_or_one_in_every_layer(name, neuron):

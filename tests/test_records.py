@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import time
 from functools import partial
 
 import faults
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from faults import PROCESSES, SMALL, apart, epochs_of
 
+from staa import records
 from staa.records import Record, RecordError, find, vouched, write
 from staa.train import run
 
@@ -95,6 +98,51 @@ def test_all_records_of_the_project_are_listed_by_name(root):
     (root / "records" / "cifar-1.json").write_text("{")
     with pytest.raises(RecordError, match="cifar-1.json is damaged"):
         vouched()
+
+
+# --- where and how ---
+
+def test_the_folders_are_the_checkouts_and_outside_one_lie_in_the_current_folder(tmp_path, monkeypatch):
+    names = {"runs": "runs", "figures": "figures", "data": "data/sets", "records": "data/records", "networks": "data/networks"}
+    for kind in names:
+        monkeypatch.delenv(f"STAA_{kind.upper()}", raising=False)
+    for place in ("installed", "here"):
+        (tmp_path / place).mkdir()
+    monkeypatch.setattr(records, "ROOT", tmp_path / "installed")
+    monkeypatch.chdir(tmp_path / "here")
+    assert {kind: records.folder(kind) for kind in names} == {kind: tmp_path / "here" / path for kind, path in names.items()}
+    (tmp_path / "installed" / "pyproject.toml").write_text("")
+    assert {kind: records.folder(kind) for kind in names} == {kind: tmp_path / "installed" / path for kind, path in names.items()}
+
+
+def test_a_commit_has_a_plus_where_a_tracked_file_differs_from_it(tmp_path, monkeypatch):
+    def git(*words):
+        return subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True,
+                              capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    assert records.commit() == ""
+    git("init")
+    assert records.commit() == "", "there is none yet"
+    (tmp_path / "code.py").write_text("1\n")
+    git("add", "code.py")
+    git("commit", "-m", "first", "--no-gpg-sign")
+    head = git("rev-parse", "HEAD")
+    (tmp_path / "beside").write_text("untracked")
+    assert len(head) == 40 and records.commit() == head
+    (tmp_path / "code.py").write_text("2\n")
+    assert records.commit() == head + "+"
+    git("commit", "-am", "second", "--no-gpg-sign")
+    assert records.commit() == git("rev-parse", "HEAD") != head
+
+
+def test_a_record_tells_the_clocks_seconds_and_the_processors(root, monkeypatch):
+    """Where the processor's time runs a thousand times as fast as the clock's."""
+    monkeypatch.setattr(time, "process_time", lambda: 1000 * time.perf_counter())
+    told = quiet(SMALL).provenance
+    clock, work = told["seconds_per_epoch"], told["processor_seconds_per_epoch"]
+    assert len(clock) == len(work) == SMALL.epochs and sum(clock) == pytest.approx(told["seconds"], abs=0.002)
+    assert all(w > 100 * c > 0 for w, c in zip(work, clock))
 
 
 # --- a full or failing disk ---

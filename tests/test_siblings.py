@@ -8,7 +8,7 @@ import scipy.fft
 import torch
 from torch import nn
 
-from staa import LIF, NEURONS, Config, build, data, energy, experiments, firing_rates, neurons, siblings, train
+from staa import LIF, NEURONS, Config, Record, build, data, energy, experiments, firing_rates, neurons, siblings, train
 from staa.fsta import DCT, FSTALIF, TemporalAmplitude, dct
 from staa.optimizer import new_optimizer
 from staa.statten import JointAttention, STAttenLIF, attention_maps, half_threshold
@@ -56,6 +56,14 @@ def test_a_constant_image_has_one_coefficient_and_a_grating_its_own():
     assert siblings.vertical_share(vertical) == 1 and siblings.vertical_share(vertical.T) == 0
     assert siblings.vertical_share(vertical + vertical.T) == pytest.approx(0.5)
     assert math.isnan(siblings.vertical_share(torch.ones(1, 1)))
+
+
+def test_shallow_and_deep_are_the_first_and_the_last_third():
+    up, down = torch.zeros(2, 1, 4, 4)
+    up[:, 3, 0], down[:, 0, 3] = 1, 1
+    layers = [up, up, down, down, up, up + down, torch.ones(1, 1, 1)]  # shares 1, 1, 0, 0, 1, 1/2; a pixel has none
+    assert siblings.shallow_and_deep(dict(enumerate(layers))) == (1, 0.75)
+    assert siblings.shallow_and_deep({"a": up, "b": down}) == (1, 0)
 
 
 def test_similarity_is_the_cosine_without_the_mean():
@@ -250,6 +258,31 @@ def test_joint_attention_takes_as_many_multiply_adds_as_spatial_attention():
     assert len({m.parameters for m in found.values()}) == 1
 
 
+@pytest.mark.parametrize("name", ["statten-2-256", "sdt-2-256"])
+def test_of_events_queries_keys_and_values_spread_to_their_neighbours(name):
+    attention, seen = build(name, "statten", width=1 / 16, network_settings={"event": True}).blocks[0].attention.eval(), []
+    pixel, square = torch.zeros(2, 4, 2, 16, 5, 6)
+    pixel[..., 2, 4], square[..., 1:4, 3:6] = 1, 1
+    for layer in (attention.q, attention.k, attention.v):
+        layer.register_forward_hook(lambda *_: pixel)
+    for layer in [attention.joint] if attention.joint else [attention.context, attention.read]:
+        layer.register_forward_pre_hook(lambda _, operands: seen.extend(operands))
+    attention(torch.randn(4, 2, 16, 5, 6))
+    assert len(seen) >= 3 and all(torch.equal(x, square) for x in seen[:3])
+
+
+@pytest.mark.parametrize("name", ["statten-2-256", "sdt-2-256"])
+def test_where_every_branch_gives_zero_the_embedding_reaches_the_end(name):
+    network, seen, x = build(name, "statten", T=2, width=1 / 16), {}, torch.rand(3, 3, 16, 16)
+    calibrated(network, x)
+    for branch in (network.position[-1], *(b for block in network.blocks for b in (block.attention.project, block.mlp[-1]))):
+        nn.init.zeros_(branch[-1].weight)
+    network.embed.register_forward_hook(lambda _, x, y: seen.update(embedded=y))
+    network.last.register_forward_pre_hook(lambda _, x: seen.update(end=x[0]))
+    network(x)
+    assert torch.equal(seen["end"], seen["embedded"].mean((-2, -1), keepdim=True)) and seen["end"].std() > 0
+
+
 def test_published_sizes_by_counting():
     def count(dim, depth, classes):
         stem = 9 * (3 * dim // 8 + dim // 8 * dim // 4 + dim // 4 * dim // 2 + dim // 2 * dim + dim * dim)
@@ -339,6 +372,22 @@ def test_the_grids_differ_in_the_compared_thing_only_and_share_their_runs(preset
     found = experiments.siblings(asked)
     assert set(found) < {*fsta, *statten} and len(found) == 6
     assert len({(c.dataset, c.epochs, c.T, c.image_size, c.train_images) for c in found}) == 1
+
+
+def test_every_run_of_a_grid_has_its_systems_name():
+    asked = experiments.Settings("smoke", 2, {})
+    for grid, names in ((experiments.fsta, ["LIF", "FSTA's LIF", "FSTA", "STAA"]),
+                        (experiments.statten, ["joint, c = 2", "spatial, c = 1", "SDT"]),
+                        (experiments.rows, ["joint, c = 8", "spatial, c = 1", "SDT"])):
+        found = siblings.groups([Record(vars(config), {}, {}) for config in grid(asked)])
+        assert {name: [run.config["seed"] for run in runs] for name, runs in found.items()} == dict.fromkeys(names, [0, 1])
+
+
+def test_a_million_macs_are_4_6_microjoules():
+    macs = energy.Operation("head", "linear", False, 1, 1, 0, multiply_adds=1e6, inputs=1, binary=False)
+    run = Record(vars(Config()), {"epochs": [{"test_accuracy": 50.0}]}, {"seconds": 7})
+    (row,) = siblings.table({"STAA": [(run, energy.Measurement([macs], {}, {}, 1234, 4, 1))]}).to_dict("records")
+    assert (row["Energy, µJ"], row["Parameters"], row["Training, s"]) == ("4.6", "1,234", "7")
 
 
 def test_a_readers_size_is_the_size_of_all_transformers():

@@ -1,10 +1,12 @@
 """The simulated sensor, by properties and closed forms."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from staa.data import load
-from staa.simulator import EVENT, Sensor, closed_path, moving
+from staa.simulator import EVENT, Sensor, Simulated, closed_path, moving
 
 TIMES = np.linspace(0, 100_000, 41)
 
@@ -112,6 +114,29 @@ def test_a_recording_is_the_same_twice_and_digits_differ():
     assert len(events[events["p"]]) == pytest.approx(len(events) / 2, rel=0.15), "a closed path: as much up as down"
     inside = digits.mask(5)[events["y"], events["x"]].mean()
     assert inside > 1.3 * digits.mask(5).mean(), "events come from the digit"
+
+
+def flat(*levels, indices=None):
+    """Recordings of flat squares of ink, 0 to 255, one a level."""
+    images = SimpleNamespace(data=np.stack([np.full((8, 8), level, np.uint8) for level in levels]), targets=[0] * len(levels),
+                             indices=np.arange(len(levels)) if indices is None else np.array(indices), classes=["0"])
+    return Simulated(images)
+
+
+def test_each_recording_has_its_own_noise_and_keeps_it_in_a_subset():
+    whole, part = flat(0, 0, 0), flat(0, indices=[2])  # without ink all events are noise
+    noise = [whole[i][0] for i in range(3)]
+    assert all(len(events) == pytest.approx(34 * 34 * 0.3, rel=0.25) for events in noise), "one a pixel and second"
+    assert not any(len(a) == len(b) and (a == b).all() for a, b in zip(noise, noise[1:] + noise[:1]))
+    assert (part[0][0] == noise[2]).all(), "that of its place in the whole set"
+
+
+def test_a_mask_is_where_ink_brighter_than_half_passes():
+    digits = flat(255, 128, 127)
+    # Full ink is 24 x 24 of the sensor's 34 x 34 pixels, and moves once around |y| + |x| = 4.
+    beyond = np.maximum(abs(np.arange(34) - 16.5) - 11.5, 0)
+    assert (digits.mask(0) == (beyond[:, None] + beyond <= 4)).all() and digits.mask(0).sum() == 24 * 24 + 4 * 24 * 4 + 4 * 6
+    assert digits.mask(1).any() and not digits.mask(2).any(), "half of 255 lies between 127 and 128"
 
 
 @pytest.mark.parametrize("settings, words", [

@@ -142,6 +142,16 @@ def test_a_run_on_digits_says_that_it_is_not_cifar():
     assert "no reproduction" in tables.header(Settings("paper", 1, {"epochs": 3}), [record(80.0, **PRESETS["paper"])])
 
 
+def test_a_printed_number_stands_beside_its_own_time_steps_only():
+    """The abstract's two numbers are ResNet-19's at T = 4."""
+    def printed(**settings):
+        return tables.printed(record(0.0, network="resnet19", **settings).config)
+
+    assert printed(dataset="cifar10", T=4) == "97.14 (Table 1)" and printed(dataset="cifar100", T=4) == "82.05 (Table 1)"
+    assert printed(dataset="cifar100", T=2) == "not in our source (Table 1)"
+    assert printed(dataset="cifar100", T=8) == printed(dataset="cifar100", T=4, neuron="lif") == printed(T=4) == "none"
+
+
 def test_a_table_is_the_same_in_markdown_csv_html_and_latex():
     table = tables.table1(Settings("smoke", 1, {}), [record(81.5, network="resnet20", T=4)])
     tables.save(table, "table1", "A note, 100 % honest.")

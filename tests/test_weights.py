@@ -248,6 +248,23 @@ def test_a_repository_comes_from_the_hubs_own_cache_without_a_network(tmp_path, 
     refused(lambda: staa.from_pretrained("some/deep/path"), "is no folder")
 
 
+def test_a_revision_of_a_repository_is_that_one_and_not_the_newest(tmp_path, network, no_network, monkeypatch):
+    """refs/NAME names a branch's or a tag's commit; a commit is found by its own name."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / "models--someone--staa"
+    (repository / "refs").mkdir(parents=True)
+    for ref, commit, bias in (("main", "0" * 40, 0.0), ("v1", "1" * 40, 1.0)):
+        (repository / "refs" / ref).write_text(commit)
+        torch.nn.init.constant_(network.head.bias, bias)
+        staa.save_pretrained(network, repository / "snapshots" / commit)
+    for revision, bias in ((None, 0.0), ("v1", 1.0), ("1" * 40, 1.0), ("main", 0.0)):
+        assert staa.from_pretrained("someone/staa", revision=revision).head.bias.tolist() == [bias] * 7
+    refused(lambda: staa.from_pretrained("someone/staa", revision="v2"), "the hub gave no such repository")
+
+
 def test_without_huggingface_hub_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refused(lambda: staa.from_pretrained("someone/staa"), "huggingface_hub, which would look for it", "not installed")
