@@ -65,14 +65,30 @@ def without_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def per_channel(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1x1 convolution of what has no space, (..., C); as a convolution it would cost a tenfold of its time."""
-    return F.linear(x, layer.weight.flatten(1), layer.bias)
+class Pointwise(nn.Conv2d):
+    """1x1 convolution. Like `Norm` it computes in the type of x: attention stays float32 where a whole network was made
+    bf16."""
+
+    bias: Tensor
+
+    def __init__(self, channels: int, out: int):
+        super().__init__(channels, out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+    def per_channel(self, x: Tensor) -> Tensor:
+        """The same for what has no space, (..., C); as a convolution it would cost a tenfold of its time."""
+        return F.linear(x, self.weight.flatten(1).to(x.dtype), self.bias.to(x.dtype))
+
+    def zero(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
 
-def zero(layer: nn.Conv2d) -> None:
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
+class Norm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class GlobalContext(nn.Module):
@@ -87,11 +103,11 @@ class GlobalContext(nn.Module):
         if r < 1:
             raise ValueError(f"r, the scaling coefficient of GC, must be at least 1, got {r}")
         hidden = max(channels // r, 2)
-        self.key = nn.Conv2d(channels, 1, 1)
-        self.query = nn.Conv2d(channels, hidden, 1)
-        self.norm = nn.LayerNorm(hidden)
-        self.value = nn.Conv2d(hidden, channels, 1)
-        zero(self.value)  # as in GCNet: the block starts as the identity
+        self.key = Pointwise(channels, 1)
+        self.query = Pointwise(channels, hidden)
+        self.norm = Norm(hidden)
+        self.value = Pointwise(hidden, channels)
+        self.value.zero()  # as in GCNet: the block starts as the identity
 
     def forward(self, x: Tensor) -> Tensor:
         k = self.key(x).flatten(2).softmax(-1)                                # (N, 1, HW), eq. 7
@@ -108,9 +124,9 @@ class StepAttention(nn.Module):
         super().__init__()
         hidden = max(channels // 4, 1)
         self.alpha = alpha
-        self.squeeze = nn.Conv2d(channels, hidden, 1)
-        self.excite = nn.Conv2d(hidden, channels, 1)
-        zero(self.excite)  # our reading of "initial speed": M starts at alpha / 2
+        self.squeeze = Pointwise(channels, hidden)
+        self.excite = Pointwise(hidden, channels)
+        self.excite.zero()  # our reading of "initial speed": M starts at alpha / 2
 
     def forward(self, hm: Tensor, x: Tensor) -> Tensor:
         pooled = (hm + x).mean((-2, -1), keepdim=True)
@@ -118,7 +134,7 @@ class StepAttention(nn.Module):
 
 
 #: What the aggregator is made of.
-BLOCKS = {PositionEncoding, GlobalContext, StepAttention, nn.Conv2d, nn.LayerNorm}
+BLOCKS = {PositionEncoding, GlobalContext, StepAttention, Pointwise, Norm}
 
 
 class STAALIF(LIF):
@@ -186,26 +202,36 @@ class STAALIF(LIF):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 5 or x.shape[0] != self.T or x.shape[2] != self.channels:
             raise ValueError(f"this STAALIF takes (T={self.T}, B, C={self.channels}, H, W), got {tuple(x.shape)}")
-        # The draws are the CPU generator's, so that a GPU is never waited for.
-        dropped = (torch.rand(self.T) < self.beta).tolist() if self.training and self.beta else [False] * self.T
-        if not any(dropped) and next(self.children(), None) is None:
+        dropped = self.draw(x.device)
+        if all(drop is False for drop in dropped) and next(self.children(), None) is None:
             return super().forward(x)
         with without_autocast(x.device.type):  # there is no matrix product that would gain by bf16
             if self.is_plain() and fused.usable(x, *self.numbers()):
                 return self._fused(x, dropped)
             return self._reference(x.to(fused.membrane_type(x)), dropped).to(x.dtype)
 
-    def _reference(self, x: Tensor, dropped: list[bool]) -> Tensor:
+    def draw(self, device: torch.device) -> list:
+        """TSRD: which time steps drop the aggregator. Booleans of the CPU's generator, so that a GPU is never waited
+        for; in a network that is compiled as a whole tensors of the device's, since a boolean would break its graph."""
+        if not (self.training and self.beta):
+            return [False] * self.T
+        if torch.compiler.is_compiling():
+            return list((torch.rand(self.T, device=device) < self.beta).unbind())
+        return (torch.rand(self.T) < self.beta).tolist()
+
+    def _reference(self, x: Tensor, dropped: list) -> Tensor:
         pe_membrane, pe_output = (None if pe is None else pe.per_step() for pe in (self.pe_membrane, self.pe_output))
         attended = self.attend(x)
         hm = torch.full_like(x[0], self.v_reset)
         spikes = []
         for t, (x_t, xa_t) in enumerate(zip(x.unbind(), attended.unbind())):
-            if dropped[t]:
+            if dropped[t] is True:
                 u = hm + x_t
             else:
                 u = self.mix(hm if pe_membrane is None else hm + pe_membrane[t], xa_t)
                 u = u if pe_output is None else u + pe_output[t]
+                if dropped[t] is not False:
+                    u = torch.where(dropped[t], hm + x_t, u)
             s, hm = self.fire(u)
             spikes.append(s)
         return over_time(spikes)
@@ -213,21 +239,21 @@ class STAALIF(LIF):
     def _fused(self, x: Tensor, dropped: list[bool]) -> Tensor:
         """The same in few passes over memory: see `fused_staa`."""
         zero = x.new_zeros(self.T, self.channels, dtype=fused.membrane_type(x))
-        pe_input, pe_membrane, pe_output = ((zero if pe is None else pe.weight)[:, None]  # (T, 1, C)
+        pe_input, pe_membrane, pe_output = ((zero if pe is None else pe.weight.to(zero.dtype))[:, None]  # (T, 1, C)
                                             for pe in (self.pe_input, self.pe_membrane, self.pe_output))
         key, bias = zero[0], zero[0, :1]
         if self.gc is not None:
-            key, bias = self.gc.key.weight.flatten(), self.gc.key.get_parameter("bias")
+            key, bias = self.gc.key.weight.flatten().to(zero.dtype), self.gc.key.bias.to(zero.dtype)
         x, context, mean = fused_staa.pooled(x, key, bias)
         added = pe_input.expand_as(mean)  # X~ - X, (T, B, C)
         if self.gc is not None:           # PE is the same everywhere, so it cancels in the softmax of eq. 7
-            q = self.gc.norm(per_channel(self.gc.query, context + pe_input)).relu()
-            added = added + per_channel(self.gc.value, q)
+            q = self.gc.norm(self.gc.query.per_channel(context + pe_input)).relu()
+            added = added + self.gc.value.per_channel(q)
         gate: list[Tensor] = []
         if self.sa is not None:
             alpha, step, rest = self.sa.alpha, None, 0.0
-            gate = [n.flatten(1) if n.dim() == 4 else n for layer in (self.sa.squeeze, self.sa.excite)
-                    for n in (layer.weight, layer.get_parameter("bias"))]
+            gate = [n.to(zero.dtype) for layer in (self.sa.squeeze, self.sa.excite)
+                    for n in (layer.weight.flatten(1), layer.bias)]
         else:
             alpha, step, rest = self.decay + self.gain, (self.decay, self.gain), self.v_reset * (1 - self.decay)
         # p (Hm + PE) + (alpha - p) X~ = p Hm + (alpha - p) X + alpha added + p (PE - added)

@@ -74,11 +74,16 @@ class SpatialFrequency(nn.Module):
 
 
 class _Tanh(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, u: Tensor, slope: float) -> Tensor:
-        ctx.save_for_backward(u)
-        ctx.slope = slope
+    def forward(u: Tensor, slope: float) -> Tensor:
         return (u > 0.5).to(u.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        u, ctx.slope = inputs
+        ctx.save_for_backward(u)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

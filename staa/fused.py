@@ -32,9 +32,11 @@ SLICE = 2 ** 19
 
 
 def usable(x: Tensor, *numbers) -> bool:
-    """Whether a neuron with these settings may take the fast path for the current x."""
+    """Whether a neuron with these settings may take the fast path for the current x: not inside what another compiles,
+    traces or transforms (torch.func)."""
     return (enabled and x.device.type in ("cpu", "cuda") and x.is_floating_point() and x.numel() > 0
-            and all(isinstance(n, (int, float)) for n in numbers) and not torch.compiler.is_compiling())
+            and all(isinstance(n, (int, float)) for n in numbers) and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing() and not torch._C._are_functorch_transforms_active())
 
 
 def compiles(x: Tensor) -> bool:

@@ -19,11 +19,16 @@ from .settings import bounded
 
 
 class _Rectangle(torch.autograd.Function):
+    generate_vmap_rule = True  # for torch.func, as is `setup_context`
+
     @staticmethod
-    def forward(ctx, v: Tensor, a: float) -> Tensor:
-        ctx.save_for_backward(v)
-        ctx.a = a
+    def forward(v: Tensor, a: float) -> Tensor:
         return (v >= 0).to(v.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        v, ctx.a = inputs
+        ctx.save_for_backward(v)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

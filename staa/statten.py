@@ -26,11 +26,16 @@ from .settings import bounded
 
 
 class _Sigmoid(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, v: Tensor, slope: float) -> Tensor:
-        ctx.save_for_backward(v)
-        ctx.slope = slope
+    def forward(v: Tensor, slope: float) -> Tensor:
         return (v >= 0).to(v.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        v, ctx.slope = inputs
+        ctx.save_for_backward(v)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

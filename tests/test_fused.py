@@ -312,6 +312,19 @@ def test_inside_the_readers_own_compiled_network_there_is_no_break(neuron):
     assert torch.equal(torch.compile(neuron, backend="eager", fullgraph=True)(x), neuron(x)) and neuron(x).any()
 
 
+def test_there_tsrd_draws_without_a_break():
+    neuron, x = shaken(STAALIF(4, 3, beta=0.5)).train(), current((3, 2, 4, 5, 6), torch.float32)
+    compiled = torch.compile(neuron, backend="eager", fullgraph=True)
+    seen = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        spikes = neuron(x)
+        torch.manual_seed(seed)
+        assert torch.equal(compiled(x), spikes)
+        seen.add(spikes.sum().item())
+    assert len(seen) > 2, "the draws differ"
+
+
 @pytest.mark.parametrize("word, on", [("0", False), ("false", False), ("Off", False), ("NO", False), ("1", True), ("yes", True)])
 def test_the_environments_switch(monkeypatch, word, on):
     monkeypatch.setenv("STAA_FUSED", word)
