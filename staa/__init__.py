@@ -6,10 +6,12 @@ from types import ModuleType
 
 from .attention import STAALIF, GlobalContext, PositionEncoding, StepAttention
 from .config import Config
+from .firing import firing_rates, neurons
 from .fsta import FSTALIF
-from .networks import NETWORKS, NEURONS, build, firing_rates, neurons
+from .networks import NETWORKS, NEURONS, build
 from .neuron import LIF, rectangle
 from .records import Record
+from .settings import Error
 from .statten import STAttenLIF
 from .train import run
 from .weights import from_pretrained, load, save_pretrained
@@ -19,7 +21,7 @@ warnings.filterwarnings("ignore", message="'staa.train' found in sys.modules", c
 
 __version__ = "0.1.0"
 __all__ = ["LIF", "STAALIF", "FSTALIF", "STAttenLIF", "PositionEncoding", "GlobalContext", "StepAttention", "rectangle",
-           "build", "neurons", "firing_rates", "NETWORKS", "NEURONS", "Config", "Record", "run",
+           "build", "neurons", "firing_rates", "NETWORKS", "NEURONS", "Config", "Record", "Error", "run",
            "load", "save_pretrained", "from_pretrained"]
 
 

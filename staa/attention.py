@@ -41,6 +41,10 @@ class PositionEncoding(nn.Module):
         else:
             self.register_buffer("weight", sinusoid(T, channels), persistent=False)
 
+    def extra_repr(self) -> str:
+        return "T={}, channels={}, ".format(*self.weight.shape) + (
+            "learned" if isinstance(self.weight, nn.Parameter) else "fixed")
+
     def per_step(self) -> Tensor:
         """PE as (T, 1, C, 1, 1)."""
         return self.weight[:, None, :, None, None]
@@ -132,13 +136,17 @@ class StepAttention(nn.Module):
         pooled = (hm + x).mean((-2, -1), keepdim=True)
         return self.alpha * self.excite(self.squeeze(pooled).relu()).sigmoid()
 
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"
+
 
 #: What the aggregator is made of.
 BLOCKS = {PositionEncoding, GlobalContext, StepAttention, Pointwise, Norm}
 
 
 class STAALIF(LIF):
-    """LIF neuron with the spatial-temporal attention aggregator: current (T, B, C, H, W) in, spikes out.
+    """LIF neuron with the spatial-temporal attention aggregator: current (T, B, C, H, W) in, spikes out; after a linear
+    layer (T, B, C), as one place.
 
     channels, T: sizes of the axes C and T of the current.
     gc, pe, sa: each block by itself. Without SA the aggregator is the plain LIF's fixed mixing, eq. 1, of the
@@ -200,8 +208,11 @@ class STAALIF(LIF):
         return m * hm + (self.sa.alpha - m) * x
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 5 or x.shape[0] != self.T or x.shape[2] != self.channels:
-            raise ValueError(f"this STAALIF takes (T={self.T}, B, C={self.channels}, H, W), got {tuple(x.shape)}")
+        if x.dim() not in (3, 5) or x.shape[0] != self.T or x.shape[2] != self.channels:
+            raise ValueError(f"this STAALIF takes (T={self.T}, B, C={self.channels}, H, W) or (T={self.T}, B, "
+                             f"C={self.channels}), got {tuple(x.shape)}")
+        if x.dim() == 3:
+            return self.forward(x[..., None, None])[..., 0, 0]
         dropped = self.draw(x.device)
         if all(drop is False for drop in dropped) and next(self.children(), None) is None:
             return super().forward(x)
@@ -212,10 +223,10 @@ class STAALIF(LIF):
 
     def draw(self, device: torch.device) -> list:
         """TSRD: which time steps drop the aggregator. Booleans of the CPU's generator, so that a GPU is never waited
-        for; in a network that is compiled as a whole tensors of the device's, since a boolean would break its graph."""
+        for; in a network that is compiled as a whole, or under torch.func, tensors, since a boolean would break it."""
         if not (self.training and self.beta):
             return [False] * self.T
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return list((torch.rand(self.T, device=device) < self.beta).unbind())
         return (torch.rand(self.T) < self.beta).tolist()
 
@@ -274,4 +285,5 @@ class STAALIF(LIF):
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks) for m in inner)
 
     def extra_repr(self) -> str:
-        return f"channels={self.channels}, T={self.T}, beta={self.beta}, {super().extra_repr()}"
+        own = super().extra_repr() if self.sa is None else f"v_th={self.v_th}, v_reset={self.v_reset}, a={self.a}"
+        return f"channels={self.channels}, T={self.T}, beta={self.beta}, {own}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from . import records
-from .distributed import ALONE, Peers
+from .distributed import ALONE, PeerError, Peers
 
 
 def save(path: Path, state: dict) -> None:
@@ -42,8 +42,15 @@ def resume(path: Path, network, optimizer, peers: Peers = ALONE) -> tuple[list, 
 
 @contextmanager
 def undamaged(what: str, path: Path, advice: str) -> Iterator[None]:
-    """Turn any failure to read a file into one sentence."""
+    """Turn a failure to read a file into one sentence; the advice is for a file that is missing or damaged."""
     try:
         yield
+    except (PeerError, MemoryError, torch.OutOfMemoryError):  # which say nothing about the file
+        raise
+    except FileNotFoundError:
+        raise records.RecordError(f"the {what} {path} is not there; {advice}.") from None
+    except OSError as error:
+        raise records.RecordError(f"the {what} {path} could not be read ({error.strerror or error}); it is as it was."
+                                  ) from None
     except Exception as error:
         raise records.RecordError(f"the {what} {path} is damaged ({records.reason(error)}); {advice}.") from None

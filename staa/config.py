@@ -5,11 +5,9 @@ import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import get_type_hints
 
-import torch
-
 from . import frames
 from .data import AUGMENTATIONS, DATASETS, describe
-from .networks import NETWORKS, NEURONS, build, whole
+from .networks import NETWORKS, NEURONS, build, skeleton, whole
 from .settings import ConfigError, one_of, reason, typed
 
 #: Settings that came after the first records: left out of the hash at this value, so that older runs keep their name.
@@ -106,9 +104,8 @@ class Config:
             settings = whole(what, getattr(self, what), names, getattr(self, f"{what}_settings"))
             object.__setattr__(self, f"{what}_settings", settings)
         try:
-            with torch.device("meta"):  # the network's shapes alone
-                least = build(self.network, self.neuron, T=self.T, width=self.width,
-                              network_settings=self.network_settings, **self.neuron_settings).min_size
+            least = skeleton(lambda: build(self.network, self.neuron, T=self.T, width=self.width,
+                                           network_settings=self.network_settings, **self.neuron_settings)).min_size
         except ValueError as error:
             raise ConfigError(reason(error)) from None
         except Exception as error:  # torch's, of a layer too large, or that of somebody's own network

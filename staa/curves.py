@@ -1,6 +1,7 @@
 """Figures 3 and 5 and convergence: accuracy over a setting, and loss and accuracy over epochs."""
 
 import statistics
+import textwrap
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -16,18 +17,20 @@ Series = dict[str, dict[str, list[Record]]]
 
 
 def over_setting(axes, series: Series) -> None:
-    """Mean accuracy by the number that labels a row; bars are standard deviations over seeds."""
+    """Mean accuracy by the number that labels a row, and that of guessing; bars are standard deviations over seeds."""
+    for chance in {100 / r.outcome["classes"] for rows in series.values() for found in rows.values() for r in found}:
+        axes.axhline(chance, color=COLORS["threshold"], lw=0.8, label=f"guessing: {chance:.0f} %")
     for (name, rows), (color, line) in zip(series.items(), SERIES):
         values = [[r.accuracy for r in found] for found in rows.values()]
         spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
         axes.errorbar([float(label) for label in rows], [statistics.mean(v) for v in values], spread, fmt=line, ms=3.5,
-                      color=color, capsize=2, label=name)
+                      color=color, capsize=2, label=textwrap.fill(name, 50))
     axes.set_ylabel("test accuracy, %")
 
 
 def figure3(series: Series) -> Figure:
     """Accuracy over the probability of TSRD, with what the paper's text says of it."""
-    figure, axes = plt.subplots(figsize=(COLUMN, 2.5))
+    figure, axes = plt.subplots(figsize=(COLUMN, 3.1))
     axes.axvspan(0.1, 0.3, color="0.92", lw=0, label="below 0.3: best in the paper")
     axes.axvline(0.1, color=COLORS["ann"], lw=0.8, ls=":", label="0.1: the paper's choice")
     over_setting(axes, series)
@@ -38,7 +41,7 @@ def figure3(series: Series) -> Figure:
 
 def figure5(series: Series) -> Figure:
     """Accuracy over r; on the second axis what r costs in parameters and multiply-adds, against r = 4."""
-    figure, axes = plt.subplots(figsize=(COLUMN, 3))
+    figure, axes = plt.subplots(figsize=(COLUMN, 3.6))
     axes.axvline(4, color=COLORS["ann"], lw=0.8, ls=":", label="4: the paper's choice")
     over_setting(axes, series)
     rows = next(iter(series.values()))

@@ -182,7 +182,7 @@ def _cifar(name: str, root: Path, train: bool) -> Labelled:
         try:
             return cls(root, train, download=False)
         except RuntimeError:  # not there, or its MD5 is wrong
-            with records.alone(root / cls.base_folder):
+            with records.alone(root / f".{cls.base_folder}.lock"):
                 return cls(root, train, download=True)
     except Exception as error:  # the network's, the archive's, a file's or the disk's
         raise DataError(

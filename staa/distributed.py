@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import BatchSampler, DataLoader, default_collate
 
+from .settings import Error
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
-class PeerError(RuntimeError):
+class PeerError(Error, RuntimeError):
     """Another process of this run has ended; the message is one sentence."""
 
 

@@ -16,8 +16,7 @@ counts leave no room for them [ours].
 `staa.lemaire` adds what this leaves out: memory traffic and addressing.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
@@ -26,8 +25,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .attention import STAALIF, GlobalContext
+from .firing import evaluating, firing_rates, neurons
 from .fsta import DCT, FSTALIF
-from .networks import SpikingNetwork, build, firing_rates, neurons
+from .networks import SpikingNetwork, build
 from .statten import Mask, Product
 
 #: 45 nm, 32-bit floating point, section 4.5 [text].
@@ -152,7 +152,7 @@ def measure(network: SpikingNetwork, batches: Iterable, *, bn_folded: bool = Tru
     folded = folded_into(network) if bn_folded else set()
     operations = {name: new_operation(name, layer, network, layer in folded) for name, layer in counted.items()}
     device, images = next(network.parameters()).device, 0
-    with torch.no_grad(), evaluating(network), firing_rates(network) as rates, ExitStack() as hooks:
+    with torch.no_grad(), evaluating(network) as hooks, firing_rates(network) as rates:
         for name, layer in counted.items():
             handle = layer.register_forward_hook(lambda layer, x, y, op=operations[name]: add(op, layer, x[0], y))
             hooks.callback(handle.remove)
@@ -169,9 +169,10 @@ def measure(network: SpikingNetwork, batches: Iterable, *, bn_folded: bool = Tru
         raise ValueError("energy is measured on at least one image, got none")
     found = [average(op, images) for op in operations.values() if op.multiply_adds]
     spiking = any(op.sees == "spikes" for op in found)
+    T = max(map(len, rates.spikes.values()), default=1)
     return Measurement(found, rates(by_step=True) if spiking else {},
-                       {name: count // (images * network.T) for name, count in rates.count.items()},
-                       sum(p.numel() for p in network.parameters()), network.T, images)
+                       {name: count // (images * T) for name, count in rates.count.items()},
+                       sum(p.numel() for p in network.parameters()), T, images)
 
 
 def rule(layer: nn.Module) -> tuple:
@@ -224,15 +225,6 @@ def check_nothing_is_missed(seen: float, operations: Iterable[Operation]) -> Non
     if ours != seen:
         raise ValueError(f"torch sees {seen:,.0f} multiply-adds in this network and staa.energy.COUNTED knows "
                          f"{ours:,.0f} of them; add the module type that makes the others to COUNTED.")
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[nn.Module]:
-    was = network.training
-    try:
-        yield network.eval()
-    finally:
-        network.train(was)
 
 
 def ann(network: str, num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> SpikingNetwork:

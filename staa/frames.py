@@ -115,7 +115,7 @@ class Cutout:
     def __call__(self, image: Tensor) -> Tensor:
         h, w = image.shape[-2:]
         y, x = int(torch.randint(h, ())), int(torch.randint(w, ()))
-        half = self.length // 2
+        top, left = y - self.length // 2, x - self.length // 2
         image = image.clone()
-        image[..., max(y - half, 0):y + half, max(x - half, 0):x + half] = 0
+        image[..., max(top, 0):max(top + self.length, 0), max(left, 0):max(left + self.length, 0)] = 0
         return image

@@ -143,8 +143,10 @@ class FSTALIF(LIF):
         return s, u * (1 - s)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 5 or x.shape[0] != self.T:
-            raise ValueError(f"this FSTALIF takes (T={self.T}, B, C, H, W), got {tuple(x.shape)}")
+        if x.dim() not in (3, 5) or x.shape[0] != self.T:
+            raise ValueError(f"this FSTALIF takes (T={self.T}, B, C, H, W) or (T={self.T}, B, C), got {tuple(x.shape)}")
+        if x.dim() == 3:
+            return self.forward(x[..., None, None])[..., 0, 0]
         return super().forward(self.attend(x))
 
     def extra_repr(self) -> str:

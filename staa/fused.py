@@ -1,10 +1,9 @@
 """The plain neuron in few passes over memory. What it computes stands in `neuron.py`; this file only computes it
 faster, and is tested against it. `fused_staa.py` does the same for the STAA neuron.
 
-A neuron is limited by memory traffic, so each number is read and written as few times as can be, and nothing is kept
-for the backward pass but the current: the membrane potential is computed anew. There are two ways: the equations
-compiled (Inductor, Triton), one pass for all time steps; and, where there is no compiler or a current is too small to
-compile for, operators that work in place on slices that stay in the cache.
+A neuron is limited by memory traffic: nothing is kept for the backward pass but the current, and the membrane potential
+is computed anew. There are two ways: the equations compiled (Inductor, Triton), one pass for all time steps; and, where
+there is no compiler or a current is too small to compile for, operators in place on slices that stay in the cache.
 
 `staa.fused.enabled = False`, or STAA_FUSED=0 in the environment, switches both off. Membrane potentials are float32 for
 currents of lower precision, and of the current's type otherwise.
@@ -20,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
+
+from .settings import reason
 
 enabled = os.environ.get("STAA_FUSED", "1").lower() not in ("0", "false", "off", "no")
 
-#: Elements from which a current is worth the seconds that compiling takes, once a process.
+#: Elements from which a current is worth the seconds that compiling takes, once per process.
 WORTH_COMPILING = 2 ** 21
 #: Elements of one slice on a CPU.
 SLICE = 2 ** 19
@@ -33,10 +33,11 @@ SLICE = 2 ** 19
 
 def usable(x: Tensor, *numbers) -> bool:
     """Whether a neuron with these settings may take the fast path for the current x: not inside what another compiles,
-    traces or transforms (torch.func)."""
-    return (enabled and x.device.type in ("cpu", "cuda") and x.is_floating_point() and x.numel() > 0
-            and all(isinstance(n, (int, float)) for n in numbers) and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing() and not torch._C._are_functorch_transforms_active())
+    traces or transforms (torch.func), nor for a fake tensor or another subclass."""
+    return (enabled and type(x) in (Tensor, nn.Parameter) and x.device.type in ("cpu", "cuda")
+            and x.is_floating_point() and x.numel() > 0 and all(isinstance(n, (int, float)) for n in numbers)
+            and not (torch.compiler.is_compiling() or torch.jit.is_tracing()
+                     or torch._C._are_functorch_transforms_active()))
 
 
 def compiles(x: Tensor) -> bool:
@@ -47,14 +48,15 @@ def compiles(x: Tensor) -> bool:
 @functools.cache
 def compiler(device: str) -> bool:
     """Whether torch.compile works here; one warning where it does not."""
-    # Without this it says on stderr that there is a CUDA toolkit and no GPU, which is nobody's business on a CPU.
+    # It would say on stderr that there is a CUDA toolkit and no GPU, which is irrelevant on a CPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 64)  # each T is compiled for once more
         return True
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(f"torch.compile does not work here ({reason}): the neurons run without it, more slowly.")
+        warnings.warn(f"torch.compile does not work here ({reason(error)}): the neurons run without it, more slowly.")
         return False
 
 
@@ -72,19 +74,26 @@ def lazy_compile(function: Callable, **options) -> Callable:
 
 
 def membrane_type(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.element_size() < 4 else x.dtype
+    return torch.float32 if x.element_size() < 4 or not x.is_floating_point() else x.dtype
+
+
+def first_derivative(backward: Callable) -> Callable:
+    """A backward pass by hand, which cannot be differentiated again, and says so."""
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError("second derivatives need the reference: set staa.fused.enabled = False, or STAA_FUSED=0")
+        return backward(ctx, *grads)
+    return checked
 
 
 @functools.cache
 def constants(numbers: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Settings as one small tensor. As Python numbers they would be compiled in or, with dynamic=True in torch 2.13,
-    give wrong spikes from the second set of them on."""
+    """Settings as a tensor: Python numbers would be compiled in or, in torch 2.13, be wrong from a second set on."""
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 
-# Layout. (T, B, C, H, W) lies in memory as T, B, H, W, C where the network is channels-last.
-
 def is_channels_last(x: Tensor) -> bool:
+    """Whether x (T, B, C, H, W) lies in memory as T, B, H, W, C."""
     return x.dim() == 5 and not x.is_contiguous() and x.permute(0, 1, 3, 4, 2).is_contiguous()
 
 
@@ -102,8 +111,8 @@ def shaped(rows: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
 
 
 def empty_beside(*tensors: Tensor) -> Tensor:
-    """Room for a result, like the first tensor, as far as can be from all of them modulo 4 KB: where the last twelve
-    bits of two addresses agree, a processor takes a load for one that needs the store before it, and waits."""
+    """Room for a result, like the first tensor, at an address as far as can be from theirs modulo 4 KB: where two agree
+    there, a processor takes a load for one that needs the store before it, and waits (4K aliasing)."""
     like, page = tensors[0], 4096
     if like.device.type != "cpu" or like.numel() < WORTH_COMPILING:
         return torch.empty_like(like)
@@ -114,8 +123,6 @@ def empty_beside(*tensors: Tensor) -> Tensor:
     start //= like.element_size()
     return room[start:start + like.numel()].view(like.shape)
 
-
-# The plain neuron, eqs. 1-5: x and s are lists of T rows (N,).
 
 class _LIF(torch.autograd.Function):
     @staticmethod
@@ -132,7 +139,7 @@ class _LIF(torch.autograd.Function):
         return shaped(s, x.shape, last)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, grad: Tensor):
         rows, = ctx.saved_tensors
         grad = flat(grad, ctx.last)
@@ -161,7 +168,7 @@ def unpacked(constants: Tensor, authors: bool) -> tuple:
 
 
 @lazy_compile
-def _lif(x: list[Tensor], s: list[Tensor], constants: Tensor, authors: bool):
+def _lif(x: list[Tensor], s: list[Tensor], constants: Tensor, authors: bool):  # lists of T rows (N,)
     decay, gain, v_th, v_reset, a = unpacked(constants, authors)
     hm = v_reset
     for x_t, s_t in zip(x, s):
@@ -239,8 +246,7 @@ def rectangle_edges(v_th: float, a: float, dtype: torch.dtype) -> tuple[float, f
 
 
 def slices(x: Tensor, buffers: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """(slice, buffers) after one another over the rows of x (T, N); on a GPU the slice is everything. The buffers are
-    the same memory again and again, in the membrane's type."""
+    """Slices of the rows of x (T, N), on a GPU one; with each the same buffers again, in the membrane's type."""
     size = min(SLICE, x.shape[1]) if x.device.type == "cpu" else x.shape[1]
     memory = x.new_empty(buffers, size, dtype=membrane_type(x))
     for start in range(0, x.shape[1], size):

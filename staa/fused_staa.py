@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .fused import (
     compiles,
@@ -26,6 +25,7 @@ from .fused import (
     empty_beside,
     fire_backward,
     fire_backward_in_place,
+    first_derivative,
     is_channels_last,
     lazy_compile,
     membrane_type,
@@ -53,7 +53,7 @@ class _Pooled(torch.autograd.Function):
         return x, context, mean
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, dx, dcontext, dmean):
         """Adds to dx in place. What reaches a position is the sum of three outer products: of the context, of the mean
         and of the logits."""
@@ -108,7 +108,7 @@ class _Mixed(torch.autograd.Function):
         return as_it_was(s, space, x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, ds):
         x, p, q, w, slope, z, h, *gate = ctx.saved_tensors
         space, compiled, numbers = axis_of_space(x), compiles(x), ctx.numbers

@@ -10,7 +10,8 @@ ReLU, is our reading. Gradients pass the spikes as in training, by eq. 5. Captum
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .networks import SpikingNetwork, neurons
+from .firing import evaluating, neurons
+from .networks import SpikingNetwork
 
 
 def depths(network: SpikingNetwork, count: int = 5) -> dict[str, nn.Module]:
@@ -32,13 +33,12 @@ def maps(network: SpikingNetwork, x: Tensor, target: Tensor, layers: dict[str, n
     found = {}
     for label, layer in layers.items():
         tap = nn.Identity()  # Captum takes the first axis for the batch: it sees time and batch together here
-        hook = layer.register_forward_hook(
-            lambda module, inputs, spikes, tap=tap: tap(spikes.flatten(0, 1)).unflatten(0, spikes.shape[:2]))
-        try:
+        with evaluating(network) as hooks:
+            hook = layer.register_forward_hook(
+                lambda module, inputs, spikes, tap=tap: tap(spikes.flatten(0, 1)).unflatten(0, spikes.shape[:2]))
+            hooks.callback(hook.remove)
             cam = LayerGradCam(network, tap).attribute(x, target)  # (T B, 1, h, w)
-        finally:
-            hook.remove()
-        cam = cam.detach().unflatten(0, (network.T, -1)).sum(0).relu()  # (B, 1, h, w)
+        cam = cam.detach().unflatten(0, (-1, len(x))).sum(0).relu()  # (B, 1, h, w)
         found[label] = F.interpolate(cam, x.shape[-2:], mode="bilinear")[:, 0]
     return found
 

@@ -29,14 +29,16 @@ import torch
 from torch import Tensor, nn
 
 from . import records
-from .networks import VGG, BasicBlock, ResNet, SpikingNetwork, Steps, neurons
+from .firing import neurons
+from .networks import VGG, BasicBlock, ResNet, SpikingNetwork, Steps
 from .neuron import LIF
+from .settings import Error
 
 #: Seconds a time step: what SpikingJelly and snnTorch take where nothing else is said.
 DT = 1e-4
 
 
-class InterchangeError(ValueError):
+class InterchangeError(Error, ValueError):
     """A network that NIR cannot express; the message is one sentence that says why."""
 
 

@@ -72,4 +72,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command(main, ConfigError, RuntimeError)
+    command(main)

@@ -8,7 +8,7 @@ hands in `norm_layer`. The layouts are those of the authors' public code; VGG-13
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -181,8 +181,8 @@ def build(network: str, neuron: str | Callable[..., nn.Module] = "staa", num_cla
     from currents (T, B, C, H, W) to spikes of the same shape. width multiplies the channels of every layer.
     network_settings: the network's own, where it has any: `{"chunk": 4}` of a STAtten.
     neuron_settings go to every neuron: `r=8`, `beta=0.0`, `pe_place="output"`, ...
-    Raises ValueError with one sentence where a name, a type or a value is not allowed. A neuron that is handed in and
-    has no name judges its settings itself.
+    Raises ValueError with one sentence where a name, a type or a value is not allowed. Settings of a neuron that is
+    handed in and has no name are not checked here.
     """
     for name, value in {"num_classes": num_classes, "T": T, "in_channels": in_channels}.items():
         if typed(name, value, int) < 1:
@@ -200,7 +200,22 @@ def build(network: str, neuron: str | Callable[..., nn.Module] = "staa", num_cla
     else:
         raise ConfigError(f"neuron must be one of {', '.join(NEURONS)} or your own class or factory, got a "
                           f"{type(neuron).__name__}")
-    return NETWORKS[network](make, num_classes, in_channels, T, width, **network_settings)
+    made = NETWORKS[network](make, num_classes, in_channels, T, width, **network_settings)
+    vars(made).pop("_make_neuron", None)  # a local function would keep the network from being pickled
+    return made
+
+
+def skeleton(make: Callable[[], SpikingNetwork]) -> SpikingNetwork:
+    """A network for its shapes: without memory on torch's meta device or, where it computes with numbers while it is
+    built, as it is, and the caller's generator does not see it."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except Exception as error:
+        if "meta" not in str(error):
+            raise
+    with torch.random.fork_rng(devices=[]):
+        return make()
 
 
 def whole(what: str, name: str, names: dict, given: dict) -> dict:
@@ -222,62 +237,3 @@ def name_of(neuron) -> str:
     """A neuron's name in NEURONS, or else its own."""
     own = getattr(neuron, "__name__", type(neuron).__name__)
     return next((name for name, known in NEURONS.items() if known is neuron), own)
-
-
-def neurons(network: nn.Module) -> dict[str, nn.Module]:
-    """The spiking layers of a network, by module name, from input to output: each LIF, and what was handed in as the
-    neuron; what stands inside one of them is part of it."""
-    found: dict[str, nn.Module] = {}
-    inside: set[nn.Module] = set()
-    for name, layer in network.named_modules():
-        if layer not in inside and (isinstance(layer, LIF) or getattr(layer, "is_neuron", False)):
-            found[name] = layer
-            inside.update(layer.modules())
-    return found
-
-
-class firing_rates:
-    """Context that measures mean spikes per neuron and time step, by layer, over every forward pass inside it.
-
-        with firing_rates(network) as rates:
-            network(images)
-        rates()              # {"stem.1": 0.12, ...}
-        rates(by_step=True)  # {"stem.1": [0.08, 0.13, 0.14, 0.13], ...}: one number a time step
-
-    rates() raises ValueError where the network has no neuron.
-    """
-
-    def __init__(self, network: nn.Module):
-        self.layers = neurons(network)
-        self.of = type(network).__name__
-
-    def __enter__(self) -> "firing_rates":
-        self.spikes = dict.fromkeys(self.layers, torch.zeros(1, dtype=torch.float64))  # by time step
-        self.count = dict.fromkeys(self.layers, 0)
-        self.hooks = [layer.register_forward_hook(partial(self._add, name)) for name, layer in self.layers.items()]
-        return self
-
-    @overload
-    def __call__(self, by_step: Literal[False] = False) -> dict[str, float]: ...
-
-    @overload
-    def __call__(self, by_step: Literal[True]) -> dict[str, list[float]]: ...
-
-    def __call__(self, by_step: bool = False) -> dict[str, float] | dict[str, list[float]]:
-        if not self.layers:  # said only here: what merely runs inside, as in training, needs none
-            raise ValueError(f"firing rates are those of LIF neurons, and this {self.of} has none")
-        if by_step:
-            return {name: (s * len(s) / max(self.count[name], 1)).tolist() for name, s in self.spikes.items()}
-        return {name: float(s.sum()) / max(self.count[name], 1) for name, s in self.spikes.items()}
-
-    def _add(self, name, layer, inputs, spikes):
-        # A sample's spikes are counted in float32 without error, and in a fraction of float64's time.
-        maps = spikes.detach()[..., None]  # (T, B, ..., 1)
-        each = maps.sum(tuple(range(2, maps.dim())), dtype=torch.promote_types(maps.dtype, torch.float32))
-        total = each.sum(1, dtype=torch.float64)
-        self.spikes[name] = self.spikes[name].to(spikes.device) + total
-        self.count[name] += spikes.numel()
-
-    def __exit__(self, *exc):
-        for hook in self.hooks:
-            hook.remove()

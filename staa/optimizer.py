@@ -16,7 +16,8 @@ def new_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch.o
     return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
 
 
-def learning_rate(config: Config, progress: float) -> float:
-    """After `progress` epochs: linear warm-up over warmup_epochs, times a cosine from lr down to 0."""
-    warmup = min((progress + 1 / 2) / config.warmup_epochs, 1.0) if config.warmup_epochs else 1.0
+def learning_rate(config: Config, progress: float, step: float) -> float:
+    """After `progress` epochs, for a step that is so much of one: linear warm-up, which the last step of warmup_epochs
+    completes, times a cosine from lr down to 0."""
+    warmup = min((progress + step) / config.warmup_epochs, 1.0) if config.warmup_epochs else 1.0
     return warmup * config.lr * (1 + math.cos(math.pi * progress / config.epochs)) / 2

@@ -154,7 +154,7 @@ def main(words: Sequence[str] = ()) -> int:
         train(stale)
     except RuntimeError as error:  # the other runs have ended well, and the notebook of this one will say it too
         failures.append(f"a run failed: {error}")
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # each waits for a process of its own
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # each waits for a process of its own
         failures += [error for error in pool.map(execute, stale) if error]
     target = records.folder("figures") / "index.html"
     records.write(target, page(found).encode())
@@ -163,4 +163,4 @@ def main(words: Sequence[str] = ()) -> int:
 
 
 if __name__ == "__main__":
-    command(main, ConfigError, RuntimeError)  # a failed run, a damaged record, or figures/ that cannot be written
+    command(main)

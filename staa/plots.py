@@ -114,10 +114,11 @@ def event_cloud(events: np.ndarray, sensor: int, most: int = 4000) -> Figure:
     events = events[::max(len(events) // most, 1)]
     for p, name in enumerate(("darker", "brighter")):
         own = events[events["p"] == p]
-        axes.scatter(own["t"] / 1000, own["x"], sensor - 1 - own["y"], s=1, color=COLORS[name], label=name, lw=0)
+        axes.scatter(own["t"] / 1000, own["x"], own["y"], s=1, color=COLORS[name], label=name, lw=0)
     ticks = [0, sensor // 2, sensor]
     axes.set(xlabel="t, ms", ylabel="x, pixels", zlabel="y, pixels", yticks=ticks, zticks=ticks)
-    axes.set_box_aspect((2, 1, 1), zoom=0.85)
+    axes.set(zlim=(sensor, 0))  # y counts from above
+    axes.set_box_aspect((2, 1, 1), zoom=0.95)
     axes.view_init(elev=18, azim=-60)
     figure.legend(loc="outside upper center", ncols=2, markerscale=4)
     return figure

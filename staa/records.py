@@ -13,20 +13,21 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from .settings import Error
 from .settings import reason as reason
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class RecordError(RuntimeError):
+class RecordError(Error, RuntimeError):
     """A record or a folder that cannot be used; the message is one sentence."""
 
 
@@ -41,7 +42,7 @@ class Labelled(Protocol):
     def __getitem__(self, i: int) -> tuple[Any, int]: ...
 
 
-class DataError(RuntimeError):
+class DataError(Error, RuntimeError):
     """A dataset that is missing or damaged; the message is one sentence: what, where, how to get it."""
 
 
@@ -131,10 +132,12 @@ def provenance(device, seconds: list[list], code: str, processes: int) -> dict:
 
 
 def commit() -> str:
-    """The project's git commit, with "+" where files differ from it; empty outside a checkout."""
+    """The project's git commit, with "+" where files differ from it; empty outside its own checkout."""
     def git(*words):
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
     try:
+        if Path(git("rev-parse", "--show-toplevel") or "/") != ROOT:  # installed somewhere in another's repository
+            return ""
         head = git("rev-parse", "--verify", "--quiet", "HEAD")
         return head + ("+" if head and git("status", "--porcelain", "--untracked-files=no") else "")
     except OSError:
@@ -164,11 +167,20 @@ def write(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Hold the place `path`, made or not: one process at a time; a killed one holds nothing. Raises OSError."""
+def alone(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock file `path`: one process at a time; a killed one holds nothing. on_wait is called where another
+    process holds it. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        on_wait()
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -176,7 +188,7 @@ def building(path: Path) -> Iterator[Path]:
     """An empty folder beside `path`, to make in it what is then moved into place, by one process at a time. Nothing of
     it stays, and what a killed process left is removed. Raises OSError."""
     place = path.with_name(f".{path.name}")
-    with alone(path):
+    with alone(path.with_name(f".{path.name}.lock")):
         shutil.rmtree(place, ignore_errors=True)
         try:
             place.mkdir()

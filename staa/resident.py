@@ -24,11 +24,13 @@ AUGMENTATIONS = ("none", "standard", "autoaugment")
 EVALUATED = 64
 
 
-def fits(view: View, augment: str, device: torch.device) -> bool:
-    """Whether these images live on the device: a GPU, and an array of uint8 in the size that the network sees."""
-    images = getattr(view.dataset, "data", None)
-    return (device.type == "cuda" and augment in AUGMENTATIONS and not view.mixup
-            and isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4)
+def fits(view: View, config: Config, augment: str, device: torch.device) -> bool:
+    """Whether these images live on the device: a GPU, and an array of uint8 in the size that the network sees. What
+    somebody's own dataset gives out need not be its array."""
+    images, about, size = getattr(view.dataset, "data", None), describe(config.dataset), config.image_size
+    return (device.type == "cuda" and augment in AUGMENTATIONS and not view.mixup and about.open is None
+            and isinstance(images, np.ndarray) and images.dtype == np.uint8
+            and images.shape[1:] == (size, size, about.channels))
 
 
 class Loader:
@@ -41,7 +43,7 @@ class Loader:
 
     def __call__(self, view: View, augment: str, *, shuffle: bool) -> Iterable[tuple[Tensor, Tensor]]:
         size = self.config.batch_size if shuffle else max(self.config.batch_size, EVALUATED)
-        if self.peers.size == 1 and fits(view, augment, self.device):
+        if self.peers.size == 1 and fits(view, self.config, augment, self.device):
             key = id(view.dataset)
             if key not in self.resident:
                 self.resident[key] = Images(view, self.config.dataset, self.device)

@@ -20,7 +20,9 @@ from .train import run
 def run_all(configs: list[Config], *, log: Callable[[str], None] = print) -> list[Record]:
     """The records of these runs, in order. On CPU as many at once as cores allow, on a GPU one after the other.
 
-    One that is asked for twice is made once. Logs one line an epoch and one bar after each run. A run that fails does
+    A script that calls this needs `if __name__ == "__main__":`, since each process reads it anew.
+
+    Duplicates are trained once. Logs one line an epoch and one bar after each run. A run that fails does
     not stop the others; the first failure is raised once all have ended, and what has ended stays in runs/.
     """
     once = list(dict.fromkeys(configs))
@@ -49,7 +51,7 @@ def run_all(configs: list[Config], *, log: Callable[[str], None] = print) -> lis
 def _outcomes(configs, log):
     """(config, Record or Exception) as each run ends."""
     threads = max((config.threads for config in configs), default=1)
-    jobs = min(1 if torch.cuda.is_available() else (os.cpu_count() or 1) // threads, len(configs))
+    jobs = min(1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)) // threads, len(configs))
     if jobs <= 1:
         for config in configs:
             yield config, attempt(config, log)
@@ -60,7 +62,7 @@ def _outcomes(configs, log):
         # Ctrl-C reaches every process: those that train end at once and in silence, and this one says so.
         with ProcessPoolExecutor(jobs, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
             # Longest first, so that no core is left with a long run at the end.
-            order = sorted(configs, key=lambda c: c.T * (c.network == "resnet19") + c.T, reverse=True)
+            order = sorted(configs, key=lambda c: c.epochs * c.T * (1 + (c.network == "resnet19")), reverse=True)
             pending = {pool.submit(attempt, config, lines.put): config for config in order}
             while pending:
                 done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)

@@ -6,11 +6,17 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+#: Parameters that every neuron or every network has: none of them is a setting of its own.
+COMMON = ("channels", "T", "neuron", "num_classes", "in_channels", "width")
 #: Beyond it float32 has no room to compute.
 LARGEST = 1e30
 
 
-class ConfigError(ValueError):
+class Error(Exception):
+    """What this package refuses or fails with: the message is one sentence."""
+
+
+class ConfigError(Error, ValueError):
     """A setting that is not allowed; the message is one sentence that says what is."""
 
 
@@ -35,8 +41,9 @@ def typed(name: str, value, kind: type) -> Any:
 def settings_of(constructor: Callable) -> dict[str, tuple[type, Any]]:
     """The settings of a neuron or a network, which is a class or a factory: name -> (type, default).
 
-    They are the keyword-only parameters with a default but T, and those of a class's base where **kwargs hand them on.
-    A partial may change a default; what it fixes has none. Raises ConfigError where a type is none that a setting has.
+    They are the parameters with a default but those that every neuron or network has, and those of a class's base where
+    **kwargs hand them on. A partial may change a default; what it fixes has none. Raises ConfigError where a
+    keyword-only one is of no type that a setting has; one that is not keyword-only is then no setting.
     """
     found: dict[str, tuple[type, Any]] = {}
     made, fixed = getattr(constructor, "func", constructor), getattr(constructor, "keywords", {})
@@ -47,11 +54,14 @@ def settings_of(constructor: Callable) -> dict[str, tuple[type, Any]]:
     for call in calls:
         parameters = inspect.signature(call).parameters.values()
         for p in parameters:
-            if p.kind is p.KEYWORD_ONLY and p.default is not p.empty and p.name != "T" and p.name not in found:
-                kind = kinds.get(getattr(p.annotation, "__name__", p.annotation))  # a type, or its name as text
-                if kind is None:
-                    raise ConfigError(f"a setting must be annotated as {', '.join(kinds)}, got {p}")
+            if p.default is p.empty or p.kind is p.POSITIONAL_ONLY or p.name in {*COMMON, *found}:
+                continue
+            written: Any = type(p.default) if p.annotation is p.empty else p.annotation
+            kind = kinds.get(getattr(written, "__name__", written))  # a type, or its name as text
+            if kind:
                 found[p.name] = kind, fixed.get(p.name, p.default)
+            elif p.kind is p.KEYWORD_ONLY:
+                raise ConfigError(f"a setting must be annotated as {', '.join(kinds)}, got {p}")
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return found

@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader
 
 from . import data, plots, tables, train
 from .config import Config
-from .energy import Measurement, evaluating, measure
+from .energy import Measurement, measure
 from .experiments import FSTA, Settings
+from .firing import evaluating, neurons
 from .fsta import dct
-from .networks import SpikingNetwork, neurons
+from .networks import SpikingNetwork
 from .records import Record
 
 #: Lines of FSTA's comparison: colour and marker of each label.
@@ -28,20 +29,18 @@ def spectra(network: SpikingNetwork, batches: Iterable) -> dict[str, Tensor]:
     """Mean energy of the DCT coefficients of each layer's spike maps: name -> (T, H, W); entry (u, v) has frequency u
     along H and v along W. The coefficients of one map have the energy of its spikes, which is their number."""
     sums: dict[str, Tensor] = {}
-    count, hooks = 0, []
+    count = 0
 
     def add(name, spikes):
         coefficients = dct(spikes.shape[-2]).to(spikes) @ spikes @ dct(spikes.shape[-1]).to(spikes).T
         sums[name] = sums.get(name, 0) + coefficients.square().mean(2).sum(1).double()
 
-    for name, layer in neurons(network).items():
-        hooks.append(layer.register_forward_hook(lambda _, x, spikes, name=name: add(name, spikes)))
-    with torch.no_grad(), evaluating(network):
+    with torch.no_grad(), evaluating(network) as hooks:
+        for name, layer in neurons(network).items():
+            hooks.callback(layer.register_forward_hook(lambda _, x, spikes, name=name: add(name, spikes)).remove)
         for x, _ in batches:
             network(x)
             count += len(x)
-    for hook in hooks:
-        hook.remove()
     return {name: total / count for name, total in sums.items()}
 
 
@@ -119,8 +118,8 @@ def table(found: dict[str, list[tuple[Record, Measurement]]]) -> pd.DataFrame:
                      "Test accuracy, %": tables.mean_sd(list(runs)), "Parameters": f"{counts[0].parameters:,}",
                      "Multiply-adds": tables.count(counts[0].total("multiply_adds")),
                      "Firing rate, %": mean((100 * m.firing_rate for m in counts), ".1f"),
-                     "Energy, µJ": mean((1000 * m.millijoules for m in counts), ".3g"),
-                     "Training, s": mean((run.provenance["seconds"] for run in runs), ".0f")})
+                     "Energy, µJ": mean((1000 * m.millijoules for m in counts), ".2f"),
+                     "Training, s": mean((sum(run.seconds) for run in runs), ".0f")})
     return pd.DataFrame(rows)
 
 

@@ -74,6 +74,19 @@ def verdict(gains: dict[str, Gain | None]) -> str:
             f"losses beyond chance: {less}; undecided: {undecided}.")
 
 
+def guessing(run: Record) -> float:
+    """The test accuracy in percent up to which a run is no better than guessing: chance and two standard errors."""
+    p = 1 / run.outcome["classes"]
+    return 100 * (p + 2 * (p * (1 - p) / run.outcome["test_images"]) ** 0.5)
+
+
+def at_chance(runs: list[Record]) -> str:
+    """One sentence: how many of the runs have learned nothing that their accuracy shows."""
+    limits = " or ".join(f"{limit:.1f}" for limit in sorted({guessing(run) for run in runs}))
+    poor = sum(run.accuracy <= guessing(run) for run in runs)
+    return f"No better than guessing, which reaches up to {limits} %: {poor or 'none'} of {len(runs)} runs."
+
+
 def differences(runs: list[Record]) -> str:
     """One sentence on whether the rows of an ablation differ by more than chance, from the spread over seeds.
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .firing import evaluating
 from .networks import NETWORKS, NEURONS, SpikingNetwork, Steps, conv1x1, conv3x3
 from .neuron import LIF
 from .settings import bounded
@@ -116,7 +117,9 @@ class JointAttention(nn.Module):
 def half_threshold(neuron: nn.Module) -> nn.Module:
     """The neuron, firing half way from its reset to its threshold; one without `v_th` fires as it does."""
     threshold, reset = getattr(neuron, "v_th", None), getattr(neuron, "v_reset", 0.0)
-    if threshold is not None:
+    if isinstance(threshold, Tensor):  # a learned one
+        threshold.data.copy_(reset + (threshold.data - reset) / 2)
+    elif threshold is not None:
         setattr(neuron, "v_th", reset + (threshold - reset) / 2)
     return neuron
 
@@ -230,12 +233,11 @@ def attention_maps(network: STAtten, x: Tensor) -> list[Tensor]:
     """Q K^T of each block, which the linear form never makes: (B, T/c, c H W, c H W), the mean over heads; entry (i, j)
     is in how many channels of a head the query of token i and the key of token j spike together."""
     seen = []
-    hooks = [product.register_forward_pre_hook(lambda _, operands: seen.append(operands[0]))
-             for layer in network.modules() if isinstance(layer, JointAttention)
-             for product in (layer.context, layer.read)]
-    network(x)
-    for hook in hooks:
-        hook.remove()
+    with evaluating(network) as hooks:
+        for layer in network.modules():
+            for product in (layer.context, layer.read) if isinstance(layer, JointAttention) else ():
+                hooks.callback(product.register_forward_pre_hook(lambda _, operands: seen.append(operands[0])).remove)
+        network(x)
     return [(q @ k).mean(2).transpose(0, 1) for k, q in zip(seen[::2], seen[1::2])]
 
 

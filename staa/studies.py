@@ -25,9 +25,12 @@ def groups(rows: Rows, found: list[Record]) -> dict[str, list[Record]]:
 
 def series(rows: Rows, runs: list[Record]) -> dict[str, dict[str, list[Record]]]:
     """What a figure draws: this run's rows, and those of each training that the project vouches for."""
-    dataset, seeds = runs[0].config["dataset"], len({run.config["seed"] for run in runs})
-    this = f"this run: {dataset}, {seeds} seed{'s' * (seeds > 1)}"
-    return {this: groups(rows, runs)} | {f"recorded: {name}": groups(rows, found)
+    def seeds(found: list[Record]) -> str:
+        n = len({run.config["seed"] for run in found})
+        return f"{n} seed{'s' * (n > 1)}"
+
+    this = f"this run: {runs[0].config['dataset']}, {seeds(runs)}"
+    return {this: groups(rows, runs)} | {f"recorded: {name}, {seeds(found)}": groups(rows, found)
                                          for name, found in vouched_setups(rows).items()}
 
 
@@ -39,8 +42,10 @@ def table2(runs: list[Record]) -> pd.DataFrame:
         is_own = not row.cited and row.architecture in names
         own: dict | None = dict(network=names[row.architecture], T=4) if is_own else None
         line = {"Method": row.method + (f" [{row.cited}]" if row.cited else ""), "Architecture": row.architecture,
-                "T": row.T, "Paper: ImageNet": row.accuracy,
-                "Recorded: ImageNet": recorded(dataset="imagefolder:imagenet", neuron="staa", **own) if own else ""}
+                "T": row.T, "Paper: ImageNet": row.accuracy}
+        for neuron in ("staa", "lif"):
+            line[f"Recorded: ImageNet, {neuron.upper()}"] = (
+                recorded(neuron, dataset="imagefolder:imagenet", **own) if own else "")
         for dataset in dict.fromkeys(run.config["dataset"] for run in runs):
             for neuron in ("staa", "lif"):
                 line[f"This run: {dataset.removeprefix('imagefolder:')}, {neuron.upper()}"] = mean_sd(

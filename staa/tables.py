@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import statistics
 from collections import defaultdict
 from functools import cache
 from typing import Any
@@ -53,7 +52,9 @@ def table1(settings: Settings, runs: list[Record]) -> pd.DataFrame:
         return ["" if row is None else text(row) for row in rows]
 
     for dataset, label in LABELS.items():
-        table[f"Recorded: {label}"] = column(lambda row: recorded(dataset=dataset, neuron="staa", **row))
+        for neuron in ("staa", "lif"):
+            table[f"Recorded: {label}, {neuron.upper()}"] = column(
+                lambda row: recorded(neuron, dataset=dataset, **row))
     for dataset in shown:
         for neuron in ("staa", "lif"):
             table[f"This run: {dataset}, {neuron.upper()}"] = column(
@@ -82,8 +83,9 @@ def table3(runs: list[Record]) -> pd.DataFrame:
         mine = {neuron: select(runs, dataset=dataset, network=network, neuron=neuron) for neuron in ("staa", "lif")}
         steps = ", ".join(sorted({str(r.config["T"]) for found in mine.values() for r in found})) or "16"
         lines.append({"Dataset": label, "Architecture": architecture, "T": steps,
-                      "Paper": printed.get((label, architecture), "not in the paper"),
-                      "Recorded": recorded(dataset=dataset, network=network, T=16, neuron="staa")}
+                      "Paper": printed.get((label, architecture), "not in the paper")}
+                     | {f"Recorded: {neuron.upper()}": recorded(neuron, dataset=dataset, network=network, T=16)
+                        for neuron in mine}
                      | {f"This run: {neuron.upper()}": mean_sd(found) for neuron, found in mine.items()})
     return pd.DataFrame(lines)
 
@@ -100,8 +102,8 @@ def ablation(rows: list[tuple[str, dict]], paper: dict[str, str], dataset: str, 
         lines.append({"Row": label,
                       "Neuron settings": ", ".join(f"{name} = {value}" for name, value in settings.items()),
                       f"Paper: {LABELS[dataset]}": paper.get(label, LOST)}
-                     | {f"Recorded: {name}": mean_sd(select(found, neuron_settings=settings)) if found else "no record"
-                        for name, found in setups.items()}
+                     | {f"Recorded: {name}": mean_and_n(select(rs, neuron_settings=settings)) if rs else "no record"
+                        for name, rs in setups.items()}
                      | {f"This run: {head}": mean_sd(own) for head in heads}
                      | {"Parameters": f"{own[0].outcome['parameters']:,}" if own else "not run"})
     return pd.DataFrame(lines)
@@ -152,21 +154,29 @@ def mean_sd(found: list[Record]) -> str:
     return stats.mean_sd([record.accuracy for record in found])
 
 
-def recorded(*, neuron_settings: dict | None = None, **settings) -> str:
-    """The project's record of these settings, the neuron's being default but for those given: accuracy, n, and what was
-    trained.
+def mean_and_n(found: list[Record]) -> str:
+    """The same with the number of seeds also where it is one: beside records of several."""
+    return mean_sd(found) + " (n=1)" * (len(found) == 1)
+
+
+def recorded(neuron: str, **settings) -> str:
+    """The project's record of these settings with "staa" or "lif", whose settings are default: accuracy, n, and what
+    was trained. LIF is also STAA without a block, as it stands in Table 4.
 
     Where the project holds several trainings, the widest network on most images for most epochs is shown: the choice
     never looks at an accuracy.
     """
-    groups = defaultdict(list)
-    for record in select(records.vouched(), **settings, neuron_settings=neuron_settings or {}):
+    groups, vouched = defaultdict(list), select(records.vouched(), **settings)
+    found = select(vouched, neuron=neuron, neuron_settings={})
+    if neuron == "lif":
+        found += select(vouched, neuron="staa", neuron_settings=TABLE4[0][1])
+    for record in found:
         setting = Config.from_dict(record.config).but(seed=0)
         groups[setting.width, record.outcome["train_images"], setting.epochs, setting.hash].append(record)
     if not groups:
         return "no record"
     best = groups[max(groups)]
-    return f"{mean_sd(best)}; {training(best[0])}"
+    return f"{mean_and_n(best)}; {training(best[0])}"
 
 
 def whole(neuron: str, T: int, settings: dict) -> dict | None:
@@ -182,58 +192,10 @@ def _whole(neuron, T, settings):
         return None
 
 
-def own_settings(config: dict) -> str:
-    """What differs from the neuron's defaults, as "STAA, gc = False"."""
-    default = whole(config["neuron"], config["T"], {})
-    assert default is not None, "the neuron of a record exists"
-    others = [f"{k} = {config['neuron_settings'][k]}" for k in default if config["neuron_settings"][k] != default[k]]
-    return ", ".join([config["neuron"].upper(), *others])
-
-
 def training(record: Record) -> str:
     """What was trained, in a few words."""
     c = record.config
     return f"{c['epochs']} epochs, width {c['width']:g}, {record.outcome['train_images']:,} images"
-
-
-def results() -> pd.DataFrame:
-    """Every training that the project vouches for, seeds together: what the README shows."""
-    groups = defaultdict(list)
-    for record in records.vouched():
-        groups[Config.from_dict(record.config).but(seed=0).json].append(record)
-    rows = []
-    for group in sorted(groups.values(), key=rank):
-        c, first = group[0].config, group[0]
-        rates = [statistics.mean(r.outcome["firing_rates"].values()) for r in group]
-        rows.append({"Dataset": NAMES.get(c["dataset"], c["dataset"]),
-                     "Network": ARCHITECTURES.get(c["network"], c["network"]), "T": c["T"],
-                     "Neuron": own_settings(c),
-                     "Training": f"{training(first)}, lr {c['lr']:g}, augmentation {c['augment']}",
-                     "Test accuracy, %": mean_sd(group), "Paper": printed(c),
-                     "Firing rate": f"{statistics.mean(rates):.3f}",
-                     "Parameters": f"{first.outcome['parameters']:,}",
-                     "Minutes a run": f"{statistics.mean(sum(r.seconds) for r in group) / 60:.0f}",
-                     "Device": first.provenance["device"]})
-    return pd.DataFrame(rows)
-
-
-def rank(group: list[Record]) -> tuple:
-    c = group[0].config  # the smaller network first
-    return c["dataset"], c["network"], c["T"], group[0].outcome["parameters"], own_settings(c), str(c)
-
-
-def printed(config: dict) -> str:
-    """The paper's accuracy, trained its own way, for this network, T and neuron: a row of Table 4, or of Table 1."""
-    if all(config[name] == value for name, value in ABLATED.items()):
-        for (_, row), line in zip(TABLE4, paper("table4").itertuples()):
-            if config["neuron_settings"] == whole("staa", config["T"], row):
-                return f"{line.accuracy} on {LABELS[line.dataset]} (Table 4)"
-    if config["dataset"] in LABELS and own_settings(config) == "STAA":
-        rows = paper_table1()
-        rows = rows[(rows.Method == "STAA-SNN") & (rows.Architecture == ARCHITECTURES[config["network"]])
-                    & (rows["T"] == str(config["T"]))]
-        return f"{rows.iloc[0]['Paper: ' + LABELS[config['dataset']]]} (Table 1)" if len(rows) else "none"
-    return "none"
 
 
 def energy(found: dict[str, Measurement]) -> pd.DataFrame:
@@ -268,10 +230,12 @@ def header(settings: Settings, runs: list[Record]) -> str:
         return "Nothing was run."
     datasets = dict.fromkeys(record.config["dataset"] for record in runs)
     widths = sorted({record.config["width"] for record in runs})
+    seeds = len({record.config["seed"] for record in runs})
     part = f"{runs[0].config['train_images']:,} training images, " if runs[0].config["train_images"] else ""
     text = (f"This run: preset {settings.preset}, dataset {', '.join(datasets)}, {part}"
             f"{runs[0].config['epochs']} epochs, width {', '.join(f'{width:g}' for width in widths)}, "
-            f"{settings.seeds} seed{'s' * (settings.seeds > 1)}; test accuracy of the last epoch in percent.")
+            f"{seeds} seed{'s' * (seeds > 1)}; test accuracy of the last epoch in percent.")
+    text += f" {stats.at_chance(runs)}"
     if {"digits", "digits-rows", "imagefolder:digits64"} & datasets.keys():
         text += " These are 8 x 8 handwritten digits, not the paper's data: the numbers show that it runs, no more."
     elif "digits-dvs" in datasets:

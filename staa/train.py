@@ -6,6 +6,7 @@ continues it where it was interrupted, else trains. It depends on nothing but th
 Under torchrun the processes train one run together, see `staa.distributed`.
 """
 
+import inspect
 import json
 import math
 import os
@@ -16,7 +17,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,16 +24,17 @@ from . import data, memory, records
 from .checkpoint import resume, save
 from .config import Config, ConfigError
 from .data import evaluation_set as evaluation_set
-from .distributed import ALONE, PeerError, Peers, Statistics, join
-from .networks import firing_rates
+from .distributed import ALONE, Peers, Statistics, join
+from .firing import firing_rates
 from .optimizer import learning_rate, new_optimizer
 from .records import Record
 from .resident import Loader
+from .settings import Error
 from .weights import keep, new_network
 from .weights import trained as trained
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Error, RuntimeError):
     """A run that cannot go on; the message is one sentence."""
 
 
@@ -55,6 +56,8 @@ def run(config: Config, *, device: str | torch.device | None = None, data_root: 
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, TypeError):
         raise TrainingError(f"device must be cpu, or cuda where there is a GPU, got {device!r}.") from None
+    if where.type not in ("cpu", "cuda"):
+        raise TrainingError(f"device must be cpu, or cuda where there is a GPU, got {device!r}.")
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         raise TrainingError(f"device {where} is not there: torch sees {torch.cuda.device_count()} GPUs.")
     if where.type == "cuda" and where.index is None and "LOCAL_RANK" in os.environ:
@@ -64,32 +67,21 @@ def run(config: Config, *, device: str | torch.device | None = None, data_root: 
     if record := peers.first(lambda: records.find(config)):
         return record
     place = records.folder("runs") / config.name
-    lock = locked(place, lambda: log(f"{config}: another process trains this run, waiting for its record"))
     with ExitStack() as held:
-        peers.first(lambda: held.enter_context(lock))
+        peers.first(lambda: hold(held, place, lambda: log(f"{config}: another process trains this run, waiting for its "
+                                                          "record")))
         done = peers.first(lambda: records.find(config))
         held.enter_context(one_sentence(config))
         return done or _train(config, place, where, data_root, workers, log, peers)
 
 
-@contextmanager
-def locked(place: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold a run's folder, made if need be; a killed process holds nothing."""
-    lock = FileLock(place / "lock")
+def hold(held: ExitStack, place: Path, on_wait: Callable[[], None]) -> None:
+    """Hold a run's folder, made if need be, until `held` ends."""
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            on_wait()
-            lock.acquire()
+        held.enter_context(records.alone(place / "lock", on_wait))
     except OSError as error:
         raise records.RecordError(f"the runs folder {place.parent} cannot be used ({error.strerror or error}); "
                                   "set STAA_RUNS to one that can be written.") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -191,7 +183,7 @@ def train_epoch(network, optimizer, loader, config: Config, epoch: int, device, 
     losses, counts = [], torch.zeros(2, dtype=torch.int64, device=device)  # correct, images
     for step, (x, y) in enumerate(loader):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, epoch + step / len(loader))
+            group["lr"] = learning_rate(config, epoch + step / len(loader), 1 / len(loader))
         optimizer.zero_grad()
         whole = len(y) if peers.size == 1 else min(config.batch_size, len(loader.dataset) - step * config.batch_size)
         losses.append(gradient(network, x, y, config, (epoch, step), whole, device, peers, counts))
@@ -279,17 +271,20 @@ def words_to_settings(words: list[str]) -> dict:
 
 
 def main(words: list[str]) -> None:
+    if {"-h", "--help"} & set(words):
+        return print(inspect.getsource(Config).partition("    def ")[0].rstrip())  # every setting with its default
     config = Config.from_dict(words_to_settings(words))
     record = run(config)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{config.name}: {record.accuracy:.2f} % on the test set after {config.epochs} epochs")
 
 
-def command(main: Callable[[list[str]], int | None], *told: type[Exception]) -> None:
-    """`main` with the words of the command line; what it is `told` of, and Ctrl-C, ends in one sentence."""
+def command(main: Callable[[list[str]], int | None]) -> None:
+    """`main` with the words of the command line; what this package refuses or fails with ends in one sentence, and so
+    does Ctrl-C."""
     try:
         sys.exit(main(sys.argv[1:]))
-    except told as error:
+    except Error as error:
         sys.exit(f"staa: {error}")
     except KeyboardInterrupt:
         print("staa: interrupted; a run goes on after its last whole epoch when it is started again.", file=sys.stderr)
@@ -297,4 +292,4 @@ def command(main: Callable[[list[str]], int | None], *told: type[Exception]) -> 
 
 
 if __name__ == "__main__":
-    command(main, ConfigError, TrainingError, PeerError, data.DataError, records.RecordError)
+    command(main)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import checkpoint, data, records
 from .checkpoint import undamaged
 from .config import Config, ConfigError
-from .networks import SpikingNetwork, build
+from .networks import SpikingNetwork, build, skeleton
 from .records import Record, RecordError
 
 #: A folder in the hub's manner: the weights, which hold the config too, and the config as a file to read.
@@ -101,9 +101,8 @@ def rebuilt(path: Path, advice: str) -> SpikingNetwork:
 
 
 def misfit(tensors: dict[str, Tensor], config: Config, classes: int) -> str:
-    """What is the first thing that keeps these tensors from being this network's; empty where nothing does."""
-    with torch.device("meta"):  # shapes alone: nothing large is made for a file that does not match
-        wanted = new_network(config, classes).state_dict()
+    """The first mismatch between these tensors and the config's network; empty where there is none."""
+    wanted = skeleton(lambda: new_network(config, classes)).state_dict()
     for name in wanted | tensors:
         if name not in tensors:
             return f"the tensor {name} is missing"
@@ -183,8 +182,7 @@ def save_pretrained(network: SpikingNetwork, folder: Path | str) -> None:
         raise RecordError("this network does not know its config: make it with staa.weights.new_network(config, "
                           "classes).")
     classes = network.head.out_features
-    with torch.device("meta"):
-        made = dict(new_network(config, classes).named_modules())
+    made = dict(skeleton(lambda: new_network(config, classes)).named_modules())
     for name, module in network.named_modules():
         for setting, value in plain(made.get(name)).items():
             if plain(module).get(setting) != value:

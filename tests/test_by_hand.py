@@ -64,7 +64,7 @@ def by_hand(config):
         network.train()
         for step, (x, y) in enumerate(batches):
             progress = epoch + step / len(batches)
-            warm = min(1.0, (progress + 0.5) / config.warmup_epochs) if config.warmup_epochs else 1.0
+            warm = min(1.0, (progress + 1 / len(batches)) / config.warmup_epochs) if config.warmup_epochs else 1.0
             optimizer.param_groups[0]["lr"] = warm * config.lr * (1 + math.cos(math.pi * progress / config.epochs)) / 2
             z = logits(x)
             mean = F.cross_entropy(z, y, label_smoothing=config.label_smoothing)

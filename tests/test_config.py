@@ -8,10 +8,12 @@ from functools import partial
 from typing import Literal, Optional
 
 import pytest
+import torch
 from torch import nn
 
-from staa import LIF, NETWORKS, NEURONS, Config, build
+from staa import LIF, NETWORKS, NEURONS, Config, build, neurons
 from staa.config import LATER, ConfigError
+from staa.networks import VGG
 from staa.settings import settings_of
 
 
@@ -165,8 +167,39 @@ def failing(channels, T):
     raise RuntimeError("no such thing\nas this")
 
 
+def test_a_setting_need_be_neither_keyword_only_nor_annotated(monkeypatch):
+    class Mine(LIF):
+        def __init__(self, channels, T=None, tau=2.0, detach: bool = False, *, surrogate=1, other: object = None, hook=print):
+            super().__init__(decay=1 - 1 / tau)
+
+    monkeypatch.setitem(NEURONS, "mine", partial(Mine, other=None, hook=None))
+    with pytest.raises(ConfigError, match="a setting must be annotated as int, float, bool, str, got other: object"):
+        Config(neuron="mine")
+
+    class Fewer(Mine):
+        def __init__(self, channels, T=None, tau=2.0, detach: bool = False, hook=print):
+            super().__init__(channels, T, tau, detach)
+
+    monkeypatch.setitem(NEURONS, "mine", Fewer)
+    config = Config(neuron="mine", neuron_settings={"tau": 4})
+    assert config.neuron_settings == {"tau": 4.0, "detach": False}
+    assert {layer.decay for layer in neurons(build("resnet20", "mine", tau=4.0, width=1 / 16)).values()} == {0.75}
+    with pytest.raises(ConfigError, match="neuron_settings of mine must be among tau, detach, got 'hook'"):
+        Config(neuron="mine", neuron_settings={"hook": 1})
+
+
+def test_a_network_that_computes_while_it_is_built_is_a_network(monkeypatch):
+    class Mine(VGG):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, channels=[64], **settings)
+            self.depths = [x.item() for x in torch.linspace(0, 0.1, 3)]
+
+    monkeypatch.setitem(NETWORKS, "mine", Mine)
+    before = torch.get_rng_state()
+    assert Config(network="mine", width=1 / 16).network == "mine" and torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("neuron, words", [
-    (lambda channels, T, *, x=1.0: LIF(), "a setting must be annotated as int, float, bool, str, got x=1.0"),
     (type("Mine", (LIF,), {"__init__": lambda self, channels, T, *, x=None: None}), "annotated as .*, got x=None"),
     (lambda channels: LIF(), "neuron mine could not be built as neuron.channels, T=T.: .*'T'"),
     (lambda channels, T, *, x: LIF(), "could not be built as neuron.channels, T=T.: .*'x'"),

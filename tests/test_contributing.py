@@ -68,7 +68,7 @@ def test_the_dataset_is_trained_on_and_named_in_the_record():
 
 
 def test_the_notebook_has_the_houses_shape_and_holds(capsys, monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 1)  # the two runs here, not in processes that first import torch
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})  # the two runs here, not in processes that first import torch
     example("item")
     cells = [nbformat.v4.new_markdown_cell("# Reset\n\nRunning time: a minute.\n\n## What differs from the paper\n\n"
                                            "## What must hold")]

@@ -217,6 +217,8 @@ def test_standard_augmentation_is_a_crop_or_its_mirror():
 
 
 def test_cutout_zeroes_one_clipped_square_with_a_uniform_centre():
+    small = torch.stack([Cutout(5)(torch.ones(1, 32, 32))[0] == 0 for _ in range(100)])
+    assert small.sum((1, 2)).max() == 25 and Cutout(1)(torch.ones(1, 8, 8)).sum() == 63
     holes = torch.stack([Cutout(16)(torch.ones(1, 32, 32))[0] == 0 for _ in range(3000)])
     rows, columns = holes.any(2).sum(1), holes.any(1).sum(1)
     assert (holes.sum((1, 2)) == rows * columns).all(), "a rectangle"

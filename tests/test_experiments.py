@@ -256,7 +256,7 @@ def test_a_run_that_is_asked_for_twice_is_made_once():
 
 def test_any_failure_is_one_runs_own(monkeypatch):
     """BN fails with a ValueError on a last batch of one image whose maps have shrunk to one pixel."""
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
     bad = Config(neuron="lif", **TINY | dict(train_images=65, batch_size=64))
     good = bad.but(train_images=64)
     with pytest.raises(TrainingError, match="in the last batch of .* BN sees one value a channel.*batch_size"):

@@ -328,7 +328,7 @@ def test_there_tsrd_draws_without_a_break():
 @pytest.mark.parametrize("word, on", [("0", False), ("false", False), ("Off", False), ("NO", False), ("1", True), ("yes", True)])
 def test_the_environments_switch(monkeypatch, word, on):
     monkeypatch.setenv("STAA_FUSED", word)
-    assert runpy.run_path(fused.__file__)["enabled"] is on
+    assert runpy.run_module("staa.fused")["enabled"] is on
 
 
 def test_the_switch(monkeypatch):

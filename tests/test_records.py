@@ -128,6 +128,11 @@ def test_a_commit_has_a_plus_where_a_tracked_file_differs_from_it(tmp_path, monk
     git("add", "code.py")
     git("commit", "-m", "first", "--no-gpg-sign")
     head = git("rev-parse", "HEAD")
+    inside = tmp_path / "site-packages"
+    inside.mkdir()
+    with monkeypatch.context() as other:
+        other.setattr(records, "ROOT", inside)
+        assert records.commit() == "", "a commit of the repository that the package was installed in is not ours"
     (tmp_path / "beside").write_text("untracked")
     assert len(head) == 40 and records.commit() == head
     (tmp_path / "code.py").write_text("2\n")

@@ -132,12 +132,18 @@ def test_a_run_takes_its_batches_from_the_device(monkeypatch):
     torch.testing.assert_close(plain, torch.stack([view(dataset)[i][0] for i in range(10)]))
 
 
-def test_what_does_not_fit_goes_the_other_way():
-    gpu, dataset = torch.device("cuda"), Noise(4)
-    assert resident.fits(view(dataset), "standard", gpu)
-    assert not resident.fits(view(dataset), "standard", CPU)
-    assert not resident.fits(view(dataset), "imagenet", gpu)
-    assert not resident.fits(view(dataset, mixup=True), "standard", gpu)
-    assert not resident.fits(data.View(data.load("digits", True), range(3), None), "none", gpu)
+def test_what_does_not_fit_goes_the_other_way(monkeypatch):
+    gpu, dataset, cifar = torch.device("cuda"), Noise(4), Config(dataset="cifar10")
+    assert resident.fits(view(dataset), cifar, "standard", gpu)
+    assert not resident.fits(view(dataset), cifar, "standard", CPU)
+    assert not resident.fits(view(dataset), cifar, "imagenet", gpu)
+    assert not resident.fits(view(dataset, mixup=True), cifar, "standard", gpu)
+    assert not resident.fits(data.View(data.load("digits", True), range(3), None), Config(), "none", gpu)
+    large = Noise(4)
+    large.data = large.data.repeat(2, 1).repeat(2, 2)
+    assert not resident.fits(view(large), cifar, "none", gpu), "it would train at 64 pixels what the config has at 32"
+    about = data.About(3, 0, (0.5,) * 3, (0.5,) * 3, "mine", open=lambda train, root: dataset)
+    monkeypatch.setitem(data.DATASETS, "mine", about)
+    assert not resident.fits(view(dataset), Config(dataset="mine"), "none", gpu), "its items need not be its array"
     with pytest.raises(ValueError, match="augment of images on a device must be one of none, standard, autoaugment"):
         epoch(dataset, "imagenet")

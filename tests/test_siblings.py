@@ -170,6 +170,9 @@ def test_half_the_threshold_is_twice_the_current(name):
         neuron = NEURONS[name](8, T=4)
         assert half_threshold(neuron).v_th == 0.5
     assert half_threshold(nn.ReLU())(x).equal(x.relu())
+    learned = LIF()
+    learned.v_th = nn.Parameter(torch.tensor([1.0, 2.0]))
+    assert half_threshold(learned).v_th.tolist() == [0.5, 1.0] and isinstance(learned.v_th, nn.Parameter)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4])
@@ -385,9 +388,9 @@ def test_every_run_of_a_grid_has_its_systems_name():
 
 def test_a_million_macs_are_4_6_microjoules():
     macs = energy.Operation("head", "linear", False, 1, 1, 0, multiply_adds=1e6, inputs=1, binary=False)
-    run = Record(vars(Config()), {"epochs": [{"test_accuracy": 50.0}]}, {"seconds": 7})
+    run = Record(vars(Config()), {"epochs": [{"test_accuracy": 50.0}]}, {"seconds_per_epoch": [3.0, 4.0], "device": "x"})
     (row,) = siblings.table({"STAA": [(run, energy.Measurement([macs], {}, {}, 1234, 4, 1))]}).to_dict("records")
-    assert (row["Energy, µJ"], row["Parameters"], row["Training, s"]) == ("4.6", "1,234", "7")
+    assert (row["Energy, µJ"], row["Parameters"], row["Training, s"]) == ("4.60", "1,234", "7")
 
 
 def test_a_readers_size_is_the_size_of_all_transformers():

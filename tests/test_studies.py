@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_tables import record, rows
 
-from staa import Record, curves, plots, samples, stats, studies, tables
+from staa import Record, curves, plots, results, samples, stats, studies
 from staa.data import load
 from staa.experiments import FIGURE3, FIGURE5, TABLE4, TABLE4_STEPS
 
@@ -62,7 +62,7 @@ def test_what_the_readme_shows_says_which_row_was_trained_and_the_papers_number(
     for made in grid(TABLE4, dataset="cifar10", train_images=10_000, width=0.25):
         full = Record(made.config, made.outcome | {"firing_rates": {"a": 0.1}}, made.provenance)
         full.save(vouched / f"{len(list(vouched.glob('*')))}.json")
-    table = tables.results()
+    table = results.results()
     assert len(table) == 6 and set(table["Dataset"]) == {"CIFAR-10"}
     shown = dict(zip(table["Neuron"], table["Paper"]))
     assert shown["STAA"] == "75.10 on CIFAR-100 (Table 4)"
@@ -77,7 +77,7 @@ def test_table_2_fills_its_own_rows():
         row["accuracy"] or "not in our source" for row in rows("table2")]
     own = table[table.Method == "STAA-SNN"]
     assert own["This run: digits64, STAA"].tolist() == ["not run", "12.50", ""]
-    assert own["Recorded: ImageNet"].tolist() == ["no record", "no record", ""]
+    assert own["Recorded: ImageNet, STAA"].tolist() == ["no record", "no record", ""]
 
 
 def test_figure_5_shows_what_r_costs():

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from staa import Config, Record, records, tables
+from staa import Config, Record, records, results, tables
 from staa.experiments import FIGURE2, PRESETS, TABLE1, Settings
 
 
@@ -15,7 +15,8 @@ def record(accuracy, folder=None, **settings):
     import json
 
     made = Record(json.loads(config.json), {"epochs": [{"test_accuracy": 99.0}, {"test_accuracy": accuracy}],
-                                            "train_images": config.train_images or 50_000, "parameters": 1234}, {})
+                                            "train_images": config.train_images or 50_000, "test_images": 900,
+                                            "classes": 10, "parameters": 1234}, {})
     if folder:
         made.save(folder / f"{config.name}.json")
     return made
@@ -78,8 +79,8 @@ def test_the_table_shows_paper_records_and_this_run(vouched):
     runs = [record(81.5, network="resnet20", T=4), record(71.25, network="resnet20", T=4, neuron="lif")]
     table = tables.table1(Settings("smoke", 1, {}), runs)
     row = table[(table.Method == "STAA-SNN") & (table.Architecture == "ResNet-20") & (table["T"] == "4")].iloc[0]
-    assert row["Recorded: CIFAR-10"] == "93.50 ± 0.71 (n=2); 50 epochs, width 1, 50,000 images"
-    assert row["Recorded: CIFAR-100"] == "no record"
+    assert row["Recorded: CIFAR-10, STAA"] == "93.50 ± 0.71 (n=2); 50 epochs, width 1, 50,000 images"
+    assert row["Recorded: CIFAR-10, LIF"] == row["Recorded: CIFAR-100, STAA"] == "no record"
     assert (row["This run: digits, STAA"], row["This run: digits, LIF"]) == ("81.50", "71.25")
     others = table[table.Method != "STAA-SNN"]
     assert len(table) == 29 and (others.iloc[:, 5:] == "").all(axis=None)
@@ -92,7 +93,7 @@ def test_the_record_shown_is_chosen_by_its_training_and_never_by_its_accuracy(vo
     record(91.0, vouched, epochs=50, **same)
     record(98.0, vouched, epochs=500, width=0.25, **same)
     record(97.0, vouched, epochs=900, neuron_settings={"beta": 0.5}, **same)
-    assert tables.recorded(neuron="staa", **same) == "91.00; 50 epochs, width 1, 50,000 images"
+    assert tables.recorded("staa", **same) == "91.00 (n=1); 50 epochs, width 1, 50,000 images"
 
 
 def test_records_and_runs_are_found_by_the_settings_of_their_neuron(vouched):
@@ -100,13 +101,18 @@ def test_records_and_runs_are_found_by_the_settings_of_their_neuron(vouched):
     record(91.0, vouched, **same)
     record(92.0, vouched, neuron_settings={"pe_place": "both"}, **same)
     record(93.0, vouched, neuron_settings={"pe_place": "both", "beta": 0.5}, **same)
-    record(94.0, vouched, neuron="lif", **same)
-    what = "; 50 epochs, width 1, 50,000 images"
-    assert tables.recorded(neuron="staa", **same) == "91.00" + what
-    assert tables.recorded(neuron="staa", neuron_settings={"pe_place": "input"}, **same) == "91.00" + what
-    assert tables.recorded(neuron="staa", neuron_settings={"pe_place": "both"}, **same) == "92.00" + what
-    assert tables.recorded(neuron_settings={"beta": 0.5, "pe_place": "both"}, **same) == "93.00" + what
-    assert tables.recorded(neuron="staa", neuron_settings={"r": 8}, **same) == "no record"
+    what = " (n=1); 50 epochs, width 1, 50,000 images"
+    assert tables.recorded("staa", **same) == "91.00" + what and tables.recorded("lif", **same) == "no record"
+    record(94.0, vouched, neuron_settings=dict(gc=False, pe=False, sa=False, beta=0.0), **same)  # the plain neuron
+    assert tables.recorded("lif", **same) == "94.00" + what
+    record(95.0, vouched, neuron="lif", **same | {"epochs": 60})
+    assert tables.recorded("lif", **same) == "94.00" + what
+    assert tables.recorded("lif", **same | {"epochs": 60}).startswith("95.00")
+    found = records.vouched()
+    for settings, accuracy in ({"pe_place": "input"}, 91.0), ({"pe_place": "both"}, 92.0), (
+            {"beta": 0.5, "pe_place": "both"}, 93.0):
+        assert [r.accuracy for r in tables.select(found, neuron="staa", neuron_settings=settings)] == [accuracy]
+    assert tables.select(found, neuron_settings={"r": 8}) == []
 
 
 def test_an_ablation_shows_paper_records_and_this_run(vouched):
@@ -117,7 +123,7 @@ def test_an_ablation_shows_paper_records_and_this_run(vouched):
     table = tables.figure2(runs).set_index("Row")
     assert table["Paper: CIFAR-10"].to_dict() == {"a": "not in our source", "a'": "not in our source", "b": "94.08",
                                                   "c": "94.29", "d": "94.27", "e": "93.96"}
-    for dataset, accuracy in (("CIFAR-10", "93.50"), ("CIFAR-100", "99.90")):  # each training has its own column
+    for dataset, accuracy in (("CIFAR-10", "93.50 (n=1)"), ("CIFAR-100", "99.90 (n=1)")):  # each training has its own column
         shown = table[f"Recorded: {dataset}, 50 epochs, width 1, 50,000 images"].to_dict()
         assert shown.pop("d") == accuracy and set(shown.values()) == {"not run"}
     assert table["This run: digits, ResNet-20, T = 4"].tolist() == [
@@ -135,17 +141,24 @@ def test_a_run_on_digits_says_that_it_is_not_cifar():
     assert "preset smoke, dataset digits" in smoke and "not the paper's data" in smoke
     part = tables.header(Settings("smoke", 1, {}), [record(80.0, train_images=720)])
     assert "720 training images" in part and "training images" not in smoke
-    short = tables.header(Settings("short", 2, {}), [record(80.0, **PRESETS["short"])])
+    short = tables.header(Settings("short", 2, {}), [record(80.0, **PRESETS["short"], seed=seed) for seed in (0, 1)])
     assert "no reproduction" in short and "2 seeds" in short
     paper = tables.header(Settings("paper", 1, {}), [record(80.0, **PRESETS["paper"])])
     assert "reproduction" not in paper
     assert "no reproduction" in tables.header(Settings("paper", 1, {"epochs": 3}), [record(80.0, **PRESETS["paper"])])
 
 
+def test_the_header_counts_the_runs_that_learned_nothing():
+    """Of 900 answers to ten classes a tenth is right by chance, with a standard deviation of 1 %."""
+    runs = [record(accuracy, seed=seed) for seed, accuracy in enumerate((9.0, 12.0, 12.1, 50.0))]
+    assert "No better than guessing, which reaches up to 12.0 %: 2 of 4 runs." in tables.header(Settings("smoke", 4, {}), runs)
+    assert "up to 12.0 %: none of 1 runs." in tables.header(Settings("smoke", 1, {}), runs[3:])
+
+
 def test_a_printed_number_stands_beside_its_own_time_steps_only():
     """The abstract's two numbers are ResNet-19's at T = 4."""
     def printed(**settings):
-        return tables.printed(record(0.0, network="resnet19", **settings).config)
+        return results.printed(record(0.0, network="resnet19", **settings).config)
 
     assert printed(dataset="cifar10", T=4) == "97.14 (Table 1)" and printed(dataset="cifar100", T=4) == "82.05 (Table 1)"
     assert printed(dataset="cifar100", T=2) == "not in our source (Table 1)"

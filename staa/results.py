@@ -1,0 +1,60 @@
+"""Every training on real data that the project vouches for, as the README shows them."""
+
+import statistics
+from collections import defaultdict
+
+import pandas as pd
+
+from . import records
+from .config import Config
+from .experiments import ABLATED, TABLE4
+from .records import Record
+from .tables import ARCHITECTURES, LABELS, NAMES, mean_and_n, paper, paper_table1, training, whole
+
+
+def results() -> pd.DataFrame:
+    """Every training that the project vouches for, seeds together: what the README shows."""
+    groups = defaultdict(list)
+    for record in records.vouched():
+        groups[Config.from_dict(record.config).but(seed=0).json].append(record)
+    rows = []
+    for group in sorted(groups.values(), key=rank):
+        c, first = group[0].config, group[0]
+        rates = [statistics.mean(r.outcome["firing_rates"].values()) for r in group]
+        rows.append({"Dataset": NAMES.get(c["dataset"], c["dataset"]),
+                     "Network": ARCHITECTURES.get(c["network"], c["network"]), "T": c["T"],
+                     "Neuron": own_settings(c),
+                     "Training": f"{training(first)}, lr {c['lr']:g}, augmentation {c['augment']}",
+                     "Test accuracy, %": mean_and_n(group), "Paper": printed(c),
+                     "Firing rate": f"{statistics.mean(rates):.3f}",
+                     "Parameters": f"{first.outcome['parameters']:,}",
+                     "Minutes a run": f"{statistics.mean(sum(r.seconds) for r in group) / 60:.0f}",
+                     "Device": first.provenance["device"]})
+    return pd.DataFrame(rows)
+
+
+def rank(group: list[Record]) -> tuple:
+    c = group[0].config  # the smaller network first
+    return c["dataset"], c["network"], c["T"], group[0].outcome["parameters"], own_settings(c), str(c)
+
+
+def printed(config: dict) -> str:
+    """The paper's accuracy, trained its own way, for this network, T and neuron: a row of Table 4, or of Table 1."""
+    if all(config[name] == value for name, value in ABLATED.items()):
+        for (_, row), line in zip(TABLE4, paper("table4").itertuples()):
+            if config["neuron_settings"] == whole("staa", config["T"], row):
+                return f"{line.accuracy} on {LABELS[line.dataset]} (Table 4)"
+    if config["dataset"] in LABELS and own_settings(config) == "STAA":
+        rows = paper_table1()
+        rows = rows[(rows.Method == "STAA-SNN") & (rows.Architecture == ARCHITECTURES[config["network"]])
+                    & (rows["T"] == str(config["T"]))]
+        return f"{rows.iloc[0]['Paper: ' + LABELS[config['dataset']]]} (Table 1)" if len(rows) else "none"
+    return "none"
+
+
+def own_settings(config: dict) -> str:
+    """What differs from the neuron's defaults, as "STAA, gc = False"."""
+    default = whole(config["neuron"], config["T"], {})
+    assert default is not None, "the neuron of a record exists"
+    others = [f"{k} = {config['neuron_settings'][k]}" for k in default if config["neuron_settings"][k] != default[k]]
+    return ", ".join([config["neuron"].upper(), *others])
