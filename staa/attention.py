@@ -4,9 +4,11 @@
     M[t]  = alpha sigmoid(W_2 ReLU(W_1 avgpool(Hm[t-1] + X~[t])))   (eq. 12)
     U[t]  = M[t] Hm[t-1] + N[t] X~[t],   N[t] = alpha - M[t]    (eqs. 6, 14)
 
-and then the neuron fires and resets as ever (eqs. 2, 3). The text of the paper gives the blocks and their order; their
-inner form follows the literature it cites (GCNet for GC, squeeze-and-excitation for the gate), and N = alpha - M is
-our reading: with the gate at 1/2 and alpha = 2 the aggregator starts as the plain addition that TSRD falls back to.
+and then the neuron fires and resets as ever (eqs. 2, 3). The formulas are lost in our source of the paper. Its text
+gives the blocks and their order; their inner form follows the literature it cites (GCNet for GC, squeeze-and-excitation
+for the gate). Two things are our reading. What SA pools: the text speaks of "the spatially aggregated feature input" at
+two time steps, and ours are Hm[t-1] and X~[t]. And N = alpha - M, with a fixed alpha: with the gate at 1/2 and alpha 2
+the aggregator starts as the plain addition that TSRD falls back to.
 """
 
 import math

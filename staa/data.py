@@ -46,6 +46,7 @@ DATASETS = {
     "dvsgesture": About(2, 0, (), (), "DVS128 Gesture", 128),
 }
 EMBEDDED = ("digits", "digits-rows", "digits-dvs")
+GREY = 128  # which AutoAugment puts where it moves pixels away
 AUGMENTATIONS = ("none", "standard", "autoaugment", "imagenet")
 
 
@@ -69,8 +70,8 @@ def transform(name: str, size: int, augment: str = "none", T: int = 1) -> Callab
     to frames (T, C, size, size) where the dataset is a sequence.
 
     "standard": crop after padding by 4 (an eighth of 32 pixels) and flip. "autoaugment": and AutoAugment (CIFAR-10
-    policy) and Cutout 16, as the authors' code does. "imagenet": random resized crop and flip. Of events: frames to
-    float32, augmented as `staa.frames.augmentation` says.
+    policy, grey where it moves pixels away) and Cutout 16, black, as in the authors' public code. "imagenet": random
+    resized crop and flip. Of events: frames to float32, augmented as `staa.frames.augmentation` says.
     """
     from torchvision.transforms import InterpolationMode, v2  # takes twice as long to import as torch
 
@@ -93,12 +94,10 @@ def transform(name: str, size: int, augment: str = "none", T: int = 1) -> Callab
     else:
         steps = fit + [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
         if augment == "autoaugment":
-            steps += [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)]
-    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)] + [Rows(T)] * (name == "digits-rows")
-    steps += [v2.Normalize(about.mean, about.std)]
-    if augment == "autoaugment":
-        steps += [Cutout(16)]
-    return v2.Compose(steps)
+            steps += [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, fill=GREY)]
+    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)] + [Cutout(16)] * (augment == "autoaugment")
+    steps += [Rows(T)] * (name == "digits-rows")
+    return v2.Compose([*steps, v2.Normalize(about.mean, about.std)])
 
 
 class Digits(Dataset):

@@ -30,7 +30,7 @@ from .fsta import DCT, FSTALIF
 from .networks import SpikingNetwork, build
 from .statten import Mask, Product
 
-#: 45 nm, 32-bit floating point, section 4.5 [text].
+#: Section 4.5, of 45 nm [text]; they are those of 32-bit floating point (Horowitz 2014) [standard].
 PJ_PER_AC, PJ_PER_MAC = 0.9, 4.6
 
 #: What is counted: module type -> (what it is, multiply-adds of one call, coefficients that it reads). A module type of

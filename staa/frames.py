@@ -93,7 +93,7 @@ class Roll:
 def augmentation(names: str, size: int) -> list:
     """Transforms of frames (T, 2, H, W) by names joined with "+", the same for all T: "flip+roll+rotate+cutout".
 
-    "roll": by up to 5 of 48 pixels, and "flip", left-right: those of the authors' earlier public code (MPBN). "rotate":
+    "roll": by up to 5 of 48 pixels, and "flip", left-right: those of MPBN's public code. "rotate":
     by up to 15 degrees. "cutout": a square of 8 of 48 pixels. "mixup" takes two recordings: `staa.data.View` does it.
     """
     from torchvision.transforms import v2

@@ -2,9 +2,10 @@
 
     L = ReLU( sum_t sum_c a[t, c] S[t, c] ),   a[t, c] = mean over H x W of dY / dS[t, c]
 
-S are the spikes of a layer, (T, C, H, W) for one recording, Y is the class's logit. The paper aggregates (T, C, H, W)
-to (H, W) and does not say how; that every time step has its own weights, and that the sum over time comes before the
-ReLU, is our reading. Gradients pass the spikes as in training, by eq. 5. Captum does Grad-CAM itself, on T x B maps.
+S are the spikes of a layer, (T, C, H, W) for one recording, Y is the class's logit. The paper "aggregated" spiking maps
+of four axes into maps of two, which we read as (T, C, H, W) and (H, W), and does not say how; that every time step has
+its own weights, and that the sum over time comes before the ReLU, is our reading. Gradients pass the spikes as in
+training, by eq. 5. Captum does Grad-CAM itself, on T x B maps.
 """
 
 from torch import Tensor, nn

@@ -5,8 +5,9 @@
     Hm[t] = U[t] (1 - S[t]) + V_reset S[t]                      reset    (eq. 3)
 
 X is the input current, U the membrane potential before firing, S the spikes and Hm the membrane potential after the
-reset; Hm[0] = V_reset. Eq. 1 in the paper's words, Hm[t-1] + (X[t] - (Hm[t-1] - V_reset)) / tau, is decay = 1 - 1/tau
-and gain = 1/tau (`LIF.from_tau`). The networks use decay = 0.25 and gain = 1, as the authors' public code does.
+reset; Hm[0] = V_reset. The formulas are lost in our source of the paper: eqs. 2 and 5 survive in its words, eqs. 1, 3
+and 4 are the standard ones. Eq. 1 as it is usually written, Hm[t-1] + (X[t] - (Hm[t-1] - V_reset)) / tau, is decay =
+1 - 1/tau and gain = 1/tau (`LIF.from_tau`). The networks use 0.25 and 1, as the authors' public code does.
 
 Time is the first axis, and a neuron keeps nothing between calls: there is no state to reset.
 """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .data import View, batches, describe, mix
+from .data import GREY, View, batches, describe, mix
 from .distributed import Peers
 
 #: About so many images are augmented at once: AutoAugment works on groups of equal draws, and the more images, the
@@ -88,9 +88,8 @@ class Batches:
             x = x.permute(0, 3, 1, 2)
             if self.augment == "autoaugment":
                 x = auto_augment(x, draw)
-            x = self.images.normalise(x.float()).contiguous(memory_format=torch.channels_last)
-            if self.augment == "autoaugment":
                 x = cutout(x, 16, draw)
+            x = self.images.normalise(x.float()).contiguous(memory_format=torch.channels_last)
             yield from zip(x.split(self.batch_size), self.images.labels[part].split(self.batch_size))
 
 
@@ -120,7 +119,7 @@ def auto_augment(x: Tensor, draw: torch.Generator) -> Tensor:
     """
     from torchvision.transforms import InterpolationMode, v2
 
-    policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+    policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, fill=GREY)
     chosen = torch.randint(len(policy._policies), (len(x),), generator=draw)
     chance, sign = torch.rand(2, len(x), 2, generator=draw)
     chance, sign = chance.numpy(), (sign <= 0.5).numpy()

@@ -2,7 +2,8 @@
 Transformer (SDT) that it extends.
 
 Residuals add real numbers (membrane shortcuts), and a neuron stands in front of every convolution and linear layer but
-the first convolution of a static image: each of them receives spikes. Tokens stay maps (T, B, C, H, W) throughout, so
+the first convolution of a static image: each of them receives spikes; on events, joint attention's projection receives
+0, 1 and 2. Tokens stay maps (T, B, C, H, W) throughout, so
 that any neuron of the frame can be handed in; the published one is `neuron="statten"`.
 
 Joint attention cuts the T steps into T/c chunks; the c H W tokens of a chunk attend to each other, linearly:
@@ -10,7 +11,7 @@ Joint attention cuts the T steps into T/c chunks; the c H W tokens of a chunk at
     out = Q (K^T V) scale,    scale = 1/H for static images, 1/(H H c) for events
 
 K^T V is d x d a head, whatever c is: joint attention takes as many multiply-adds as spatial attention, which is c = 1.
-The forms are those of the authors' public code as far as our source tells; what is marked [ours] is our reading.
+The forms are those of the authors' public code, but that 1x1 convolutions have no bias, since BN follows [ours].
 """
 
 from collections.abc import Callable
@@ -128,8 +129,8 @@ class Attention(nn.Module):
     """x (T, B, C, H, W), real numbers, to the attention's part of the residual; q, k and v by 1x1 convolutions.
 
     joint: JointAttention, or None for SDT's own: Q masked by the channels whose sum over tokens of K V fires.
-    event: q, k, v are max-pooled 3x3, and joint attention gates the pooled input spikes p: p + out p. That p is these
-    spikes, and that the neuron comes after this sum, so that the projection receives spikes, is our reading.
+    event: q, k, v are max-pooled 3x3, and joint attention's spikes s gate the pooled input spikes p: s p + p. SDT's K V
+    and Q (K V), which their code pools once more over a head's tokens and channels, are not pooled here [ours].
     """
 
     def __init__(self, neuron: Callable[[int], nn.Module], dim: int, joint: JointAttention | None, event: bool):
@@ -152,7 +153,8 @@ class Attention(nn.Module):
             return self.project(self.read(q, self.neuron2(self.context(k, v).sum((-2, -1), keepdim=True))))
         h = x.shape[-2]
         out = self.joint(q, k, v) / (h * h * self.joint.chunk if self.event else h)
-        return self.project(self.neuron2(out * x + x if self.event else out))
+        s = self.neuron2(out)
+        return self.project(s * x + x if self.event else s)
 
 
 def pooled(x: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def test_gc_starts_as_the_identity_and_learns():
 
 
 def test_gc_parameters_are_two_c_squared_over_r():
-    # Section 4.3: "from 2C^2 to 2C^2/r", here besides biases, key and LN.
+    # Section 4.3 speaks of a reduction whose two numbers are lost: 2C^2 to 2C^2/r, besides biases, key and LN [ours].
     for r in (1, 2, 4, 8, 16):
         gc = GlobalContext(64, r)
         assert gc.query.weight.numel() + gc.value.weight.numel() == 2 * 64 ** 2 // r

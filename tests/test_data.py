@@ -9,6 +9,7 @@ import torch
 import torchvision.datasets
 from PIL import Image
 from sklearn.datasets import load_digits
+from torchvision.transforms import v2
 
 from staa import data
 from staa.data import Cutout, DataError, View, batches, load, subset, transform
@@ -234,6 +235,16 @@ def test_every_augmentation_gives_a_finite_image_of_the_right_size(name, size, a
     image, _ = images(1, 8 if name == "digits" else 32, channels)[0]
     x = transform(name, size, augment)(image)
     assert x.shape == (channels, size, size) and x.dtype == torch.float32 and x.isfinite().all()
+
+
+def test_what_autoaugment_leaves_out_is_grey_and_what_cutout_takes_is_black():
+    """As in the authors' code: the square is cut before the normalisation."""
+    augment = transform("cifar10", 32, "autoaugment")
+    (policy,) = [step for step in augment.transforms if isinstance(step, v2.AutoAugment)]
+    assert policy.fill == 128
+    black = -torch.tensor(data.describe("cifar10").mean) / torch.tensor(data.describe("cifar10").std)
+    for x, _ in View(images(20), range(20), augment):
+        assert (x - black[:, None, None]).abs().lt(1e-6).all(0).sum() >= 64
 
 
 def test_batches_depend_on_seed_and_epoch_alone():

@@ -29,7 +29,7 @@ def test_v_reset_by_hand():
     neuron = LIF.from_tau(2.0, v_reset=-1.0)
     assert spikes_of(neuron, [3.0, 3.0, 1.0, 5.0]) == [0, 1, 0, 1]
     u = neuron.charge(torch.tensor(0.0), torch.tensor(1.0))
-    assert u == 0 + (1 - (0 - -1)) / 2  # the paper's own form of eq. 1
+    assert u == 0 + (1 - (0 - -1)) / 2  # eq. 1 as it is usually written
 
 
 @pytest.mark.parametrize("tau, x", [(2.0, 1.2), (5.0, 1.5), (10.0, 3.0), (3.0, 0.9)])

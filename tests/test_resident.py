@@ -93,7 +93,7 @@ def test_auto_augment_applies_torchvisions_operations(monkeypatch):
     draw = torch.Generator().manual_seed(0)
     chosen = torch.randint(25, (60,), generator=draw)
     chance, sign = torch.rand(2, 60, 2, generator=draw)
-    policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+    policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, fill=128)
     for i in range(60):
         draws = []
         for step, (name, probability, _) in enumerate(policy._policies[chosen[i]]):

@@ -216,13 +216,16 @@ def test_the_scale_is_one_over_h_or_for_events_over_h_h_c(event):
     attention, seen = network.blocks[0].attention, {}
     attention.joint.register_forward_hook(lambda _, x, y: seen.update(out=y))
     attention.neuron2.register_forward_pre_hook(lambda _, x: seen.update(current=x[0]))
+    attention.neuron2.register_forward_hook(lambda _, x, y: seen.update(fired=y))
     attention.neuron1.register_forward_hook(lambda _, x, y: seen.update(spikes=y))
+    attention.project.register_forward_pre_hook(lambda _, x: seen.update(projected=x[0]))
     attention(20 * torch.randn(4, 2, 16, 5, 3))
+    torch.testing.assert_close(seen["current"], seen["out"] / (5 * 5 * 2 if event else 5))
     if event:
         p = torch.stack([nn.functional.max_pool2d(s, 3, 1, 1) for s in seen["spikes"]])
-        torch.testing.assert_close(seen["current"], seen["out"] / (5 * 5 * 2) * p + p)
+        assert torch.equal(seen["projected"], seen["fired"] * p + p) and p.any()
     else:
-        torch.testing.assert_close(seen["current"], seen["out"] / 5)
+        assert torch.equal(seen["projected"], seen["fired"])
 
 
 def test_sdt_masks_queries_by_channel():
