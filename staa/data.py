@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from . import events, frames, records
+from .events import subset as subset
 from .frames import Cutout
 from .records import DataError, Labelled, folder
 from .simulator import Simulated
@@ -218,18 +219,6 @@ def _image_folder(root: Path, train: bool) -> Labelled:
             return images
     raise DataError(f"a dataset was looked for in {root / names[0]}{' or ' + names[1] if names[1:] else ''}, which is "
                     "not there; it must hold one folder of images a class, and STAA_DATA names the folder above it.")
-
-
-def subset(targets: list[int], count: int) -> np.ndarray:
-    """Indices of a fixed subset of `count` images, the same for everyone, with the shares of the classes kept."""
-    labels = np.asarray(targets)
-    if not 0 <= count <= len(labels):
-        raise DataError(f"train_images must be at least 0 and at most {len(labels)} for this dataset, got {count}.")
-    order = np.random.RandomState(0).permutation(len(labels))  # RandomState's stream is frozen by NumPy's policy
-    by_class = [order[labels[order] == k] for k in np.unique(labels)]
-    # Rank within the class over the class's size: the first `count` of this order keep the shares.
-    share = np.concatenate([(np.arange(len(m)) + 0.5) / len(m) for m in by_class])
-    return np.sort(np.concatenate(by_class)[np.argsort(share, kind="stable")[:count]])
 
 
 def fingerprint(dataset: Any, contents: bool = True) -> str:

@@ -106,8 +106,9 @@ SOURCES = {
 class Recordings(Dataset):
     """A published dataset as (events, label), in the order of the classes' names and the files' numbers.
 
-    cifar10dvs: 9:1, the test recordings stand in data/splits/cifar10dvs.csv. dvsgesture: the official split by person,
-    as tonic cuts it. nmnist: the official split, of which any number of recordings may be present.
+    cifar10dvs: 9:1, the test recordings are `subset`'s and are listed in data/splits/cifar10dvs.csv. dvsgesture: the
+    official split by person, as tonic cuts it. nmnist: the official split, of which any number of recordings may be
+    present, as long as each digit is among them.
     Where nothing is there, tonic downloads it, or unpacks the archive that lies there. Raises DataError.
     """
 
@@ -134,10 +135,11 @@ class Recordings(Dataset):
                 raise DataError(f"the class {label} in {folder} must have 1,000 recordings, has {count[label]:,}; "
                                 "unpack the dataset again.")
         self.samples = [(path, k) for k, label in enumerate(labels) for path, own in zip(files, found) if own == label]
-        if name == "cifar10dvs":
-            test = cifar10dvs_test()
-            self.samples = [sample for i, sample in enumerate(self.samples) if (i in test) != train]
         self.targets = [label for _, label in self.samples]
+        if name == "cifar10dvs":
+            test = set(subset(self.targets, 1000))
+            self.samples = [sample for i, sample in enumerate(self.samples) if (i in test) != train]
+            self.targets = [label for _, label in self.samples]
 
     def _files(self, folder: Path) -> list[Path]:
         return sorted(folder.glob(f"**/*{self.source.ending}"), key=self._order)
@@ -161,11 +163,16 @@ class Recordings(Dataset):
                             "remove it.") from None
 
 
-def cifar10dvs_test() -> set[int]:
-    """Which of the 10,000 recordings, by class and then by number, are for testing: 100 of each class."""
-    lines = (records.folder("splits") / "cifar10dvs.csv").read_text().splitlines()[1:]
-    pairs = [line.split(",") for line in lines]
-    return {1000 * CIFAR.index(label) + int(number) for label, number in pairs}
+def subset(targets: list[int], count: int) -> np.ndarray:
+    """Indices of a fixed subset of `count` images, the same for everyone, with the shares of the classes kept."""
+    labels = np.asarray(targets)
+    if not 0 <= count <= len(labels):
+        raise DataError(f"train_images must be at least 0 and at most {len(labels)} for this dataset, got {count}.")
+    order = np.random.RandomState(0).permutation(len(labels))  # RandomState's stream is frozen by NumPy's policy
+    by_class = [order[labels[order] == k] for k in np.unique(labels)]
+    # Rank within the class over the class's size: the first `count` of this order keep the shares.
+    share = np.concatenate([(np.arange(len(m)) + 0.5) / len(m) for m in by_class])
+    return np.sort(np.concatenate(by_class)[np.argsort(share, kind="stable")[:count]])
 
 
 def _download(source: Source, train: bool, root: Path, there: Callable[[], bool]):

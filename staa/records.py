@@ -48,10 +48,10 @@ class DataError(Error, RuntimeError):
 
 def folder(kind: str) -> Path:
     """A folder by kind: "runs" (or STAA_RUNS), "figures" (STAA_FIGURES), "data" (data/sets, or STAA_DATA), "records",
-    "networks", "paper", "splits". In a checkout they are the project's, elsewhere they lie in the current folder."""
+    "networks", "paper". In a checkout they are the project's, elsewhere they lie in the current folder."""
     home = ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()
     default = {"runs": "runs", "figures": "figures", "data": "data/sets", "records": "data/records",
-               "networks": "data/networks", "paper": "data/paper", "splits": "data/splits"}[kind]
+               "networks": "data/networks", "paper": "data/paper"}[kind]
     return Path(os.environ.get(f"STAA_{kind.upper()}") or home / default)
 
 
