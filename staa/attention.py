@@ -93,6 +93,8 @@ class Pointwise(nn.Conv2d):
 
 
 class Norm(nn.LayerNorm):
+    """LayerNorm; like `Pointwise`, in the type of x."""
+
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
