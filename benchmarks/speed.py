@@ -166,6 +166,15 @@ def inference(net, x):
     return case
 
 
+def works(name, case) -> bool:
+    try:
+        case()
+        return True
+    except Exception as error:  # the compiler's
+        print(f"{name}: left out, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        return False
+
+
 def kept(net, x) -> float:
     """MiB that a forward pass keeps for the backward pass."""
     seen = {}
@@ -186,6 +195,10 @@ def networks(device, rounds) -> tuple[dict, dict]:
     cases = {name: training_step(net, x, labels) for name, net in nets.items()}
     cases |= {f"{name}, reference": inside(Reference, training_step(nets[name], x, labels)) for name in ("LIF", "STAA")}
     cases |= {f"{name}, inference": inference(net, x) for name, net in nets.items()}
+    if device.type == "cuda":  # with CUDA graphs, for launches; two CPU cores compile for minutes and gain nothing
+        whole = {f"{name}, whole network compiled": training_step(torch.compile(nets[name], mode="reduce-overhead"), x,
+                                                                  labels) for name in ("ReLU", "LIF", "STAA")}
+        cases |= {name: case for name, case in whole.items() if works(name, case)}
     memory = {name: kept(net, x) for name, net in nets.items()}
     with Reference():
         memory |= {f"{name}, reference": kept(nets[name], x) for name in ("LIF", "STAA")}
