@@ -103,7 +103,7 @@ TRANSFORMER = dict(neuron="statten", optimizer="adamw", lr=3e-4, weight_decay=0.
 #: The same on digits of 8 x 8 [ours].
 SMALL_TRANSFORMER = TRANSFORMER | SMALL | dict(lr=5e-3, batch_size=32, augment="none")
 
-#: What a notebook's parameters can be; those that choose among an item's rows; those that would make rows alike.
+#: What a notebook's parameters can be; which of them choose among an item's rows, and which would make rows alike.
 PARAMETERS = {"preset", "seeds"} | {field.name for field in fields(Config)}
 CHOOSING, VARIED = ["dataset", "network", "neuron", "T"], ["seed", "neuron_settings", "network_settings"]
 

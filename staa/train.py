@@ -42,8 +42,8 @@ def run(config: Config, *, device: str | torch.device | None = None, data_root: 
         workers: int | None = None, log: Callable[[str], None] = print) -> Record:
     """The record of this run, from disk or from training; logs one line an epoch.
 
-    device: "cpu", "cuda", ...; by default a GPU where there is one. workers: processes that load data; by default one
-    a core, at most eight, for a GPU and 5,000 images or 500 recordings of events, and else none, since starting one
+    device: "cpu" or "cuda"; by default a GPU where there is one. workers: processes that load data; by default one per
+    core, at most eight, where a GPU sees 5,000 images or 500 recordings of events or more, and else none: starting one
     costs seconds. Neither changes the outcome on a CPU. The run lives in runs/NAME: checkpoint.pt after every epoch, at
     the end record.json and weights.safetensors (weights.pt where safetensors is not installed). Where another process
     trains the same run, this one waits and reads. Raises DataError, RecordError or TrainingError, one sentence.

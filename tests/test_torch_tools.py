@@ -1,5 +1,7 @@
 """Neurons and networks under what PyTorch offers a module: other types, torch.func, tracing, export."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -95,3 +97,56 @@ def test_traced_and_exported_networks_give_the_same_logits(neuron):
     exported = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)).module()
     torch.testing.assert_close(exported(other), logits)
     torch.testing.assert_close(exported(torch.cat([other, other])), torch.cat([logits, logits]))
+
+
+@pytest.mark.parametrize("neuron", [staa.LIF(), STAALIF(8, 3, beta=0.0), STAALIF(8, 3, sa=False, beta=0.0)])
+def test_a_second_derivative_is_right_or_refused(neuron, monkeypatch):
+    x = (2 * torch.randn(3, 2, 8, 4, 4)).requires_grad_()
+
+    def twice():
+        rate = neuron(x).mean(0)
+        (first,) = torch.autograd.grad(rate.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    with pytest.raises(RuntimeError, match="second derivatives need the reference: set staa.fused.enabled = False"):
+        twice()
+    monkeypatch.setattr(fused, "enabled", False)
+    assert twice().abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["staa", "fsta"])
+def test_after_a_linear_layer_there_is_one_place(name, fast):
+    neuron, x = shaken(NEURONS[name](8, T=3)).eval(), 2 * torch.randn(3, 5, 8)
+    assert torch.equal(neuron(x), neuron(x[..., None, None])[..., 0, 0]) and neuron(x).any()
+    with pytest.raises(ValueError, match=r"takes \(T=3, B, C.*\) or \(T=3, B, C.*\), got \(3, 5, 8, 1\)"):
+        neuron(x[..., None])
+
+
+def test_per_sample_gradients_in_training_drop_steps_per_sample():
+    neuron, x = shaken(STAALIF(8, 3, beta=0.5)).train(), 2 * torch.randn(3, 8, 4, 4).expand(20, -1, -1, -1, -1)
+    rates = torch.func.vmap(lambda x: neuron(x[:, None]).mean(), randomness="different")(x)
+    assert len(rates.unique()) > 2, "the same sample meets other draws"
+    assert len(torch.func.vmap(lambda x: neuron(x[:, None]).mean(), randomness="same")(x).unique()) == 1
+
+
+def test_a_fake_tensor_leaves_nothing_behind(monkeypatch):
+    """As a memory estimator brings it: what is cached of it would meet the real ones."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(fused, "WORTH_COMPILING", 0)
+    neuron = staa.LIF(decay=0.123)
+    with FakeTensorMode():
+        assert neuron(torch.ones(3, 2, 4)).shape == (3, 2, 4)
+    assert type(fused.constants(neuron.numbers(), torch.float32, torch.device("cpu"))) is torch.Tensor
+
+
+def test_a_network_of_somebodys_local_neuron_can_be_pickled():
+    network = staa.build("vgg13", lambda channels, T: torch.nn.ReLU(), width=1 / 16).eval()
+    x = torch.rand(1, 3, 32, 32)
+    assert torch.equal(pickle.loads(pickle.dumps(network))(x), network(x))
+
+
+def test_there_is_room_for_many_time_steps_among_what_is_compiled():
+    """Each T is compiled for by itself, and beyond torch's limit of eight a function runs as slowly as it stands."""
+    if fused.compiler("cpu"):
+        assert torch._dynamo.config.recompile_limit >= 64

@@ -14,6 +14,7 @@ from faults import SMALL, apart, epochs_of, kill_at_step, kill_at_write
 from safetensors.torch import load_file
 from torch import nn
 
+import staa
 from staa import Config, records, train
 from staa.config import ConfigError
 from staa.optimizer import new_optimizer
@@ -426,3 +427,47 @@ def test_ctrl_c_on_the_command_line_is_one_sentence(capsys):
     assert end.value.code == 130
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "goes on after its last whole epoch" in said
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
+    """Nobody is told to delete it."""
+    from staa import checkpoint
+    from staa.distributed import PeerError
+
+    path, network = tmp_path / "checkpoint.pt", nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    checkpoint.save(path, {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "epochs": [], "seconds": []})
+
+    def fails(error):
+        def load(state):
+            raise error
+        monkeypatch.setattr(optimizer, "load_state_dict", load)
+        checkpoint.resume(path, network, optimizer)
+
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), PeerError("process 0 of this run has ended")):
+        with pytest.raises(type(error)) as caught:
+            fails(error)
+        assert caught.value is error
+    with pytest.raises(staa.Error, match="could not be read .Input/output error.; it is as it was"):
+        fails(OSError(5, "Input/output error"))
+    with pytest.raises(staa.Error, match="is damaged .no such group.; delete it"):
+        fails(ValueError("no such group"))
+
+
+def test_a_command_shows_a_bug_as_a_bug(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["staa"])
+    def bug(words):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):
+        train.command(bug)
+    def refused(words):
+        raise ConfigError("T must be at least 1, got 0")
+    with pytest.raises(SystemExit, match="staa: T must be at least 1, got 0"):
+        train.command(refused)
+    train.main(["--help"])
+    assert 'neuron: str = "staa"' in capsys.readouterr().out
+
+
+def test_a_device_without_numbers_is_refused():
+    with pytest.raises(train.TrainingError, match="device must be cpu, or cuda where there is a GPU, got 'meta'"):
+        train.run(Config(), device="meta")
