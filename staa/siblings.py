@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from . import data, plots, tables, train
 from .config import Config
 from .energy import Measurement, measure
-from .experiments import FSTA, Settings
+from .experiments import FSTA
 from .firing import evaluating, neurons
 from .fsta import dct
 from .networks import SpikingNetwork
@@ -123,19 +123,19 @@ def table(found: dict[str, list[tuple[Record, Measurement]]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def note(settings: Settings, runs: list[Record]) -> str:
-    """What these numbers stand on, with the seeds that were really run."""
-    seeds = sorted({run.config["seed"] for run in runs})
-    text = tables.header(settings, runs).replace(f"{settings.seeds} seed{'s' * (settings.seeds > 1)};",
-                                                 f"seeds {', '.join(map(str, seeds))};")
-    return text.replace("not CIFAR: the", "not the papers' data: the")
-
-
 def against(what: str, first: dict[int, float], second: dict[int, float], form: str = ".2f") -> str:
     """One sentence: a quantity of two rows by seed, and in how many seeds the first is higher."""
     higher = sum(first[seed] > second[seed] for seed in first)
     return (f"{what}: {mean(first.values(), form)} against {mean(second.values(), form)}; "
             f"higher in {higher} of {len(first)} seeds")
+
+
+def decided(runs: list[Record]) -> str:
+    """One sentence: what it is worth that all seeds agree on a sign (two-sided)."""
+    n = len({run.config["seed"] for run in runs})
+    chance = 2.0 ** (1 - n)
+    return (f"That all {n} seeds agree on a sign happens by chance with probability {chance:.2g}: where they do, it "
+            f"{'settles' if chance < 0.05 else 'does not settle'} a claim.")
 
 
 def by_seed(runs: list[Record]) -> dict[int, float]:
