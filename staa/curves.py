@@ -1,5 +1,6 @@
 """Figures 3 and 5 and convergence: accuracy over a setting, and loss and accuracy over epochs."""
 
+import math
 import statistics
 import textwrap
 
@@ -61,7 +62,8 @@ def figure5(series: Series) -> Figure:
 
 
 def convergence(runs: list[Record]) -> Figure:
-    """Training loss and test accuracy by epoch; bands are standard deviations over seeds."""
+    """Training loss and test accuracy by epoch, with those of guessing in grey; bands are standard deviations over
+    seeds."""
     figure, panels = plt.subplots(1, 2, figsize=(PAGE, 2.4))
     styles = [(COLORS["lif"], "o-"), (COLORS["staa"], "s--"), (COLORS["fsta"], "^-.")]
     for axes, quantity, label in zip(panels, ("train_loss", "test_accuracy"), ("training loss", "test accuracy, %")):
@@ -71,6 +73,9 @@ def convergence(runs: list[Record]) -> Figure:
             axes.plot(epochs, mean, line, ms=3.5, markevery=max(len(mean) // 8, 1), color=color, label=name)
             axes.fill_between(epochs, [m - s for m, s in zip(mean, spread)], [m + s for m, s in zip(mean, spread)],
                               color=color, alpha=0.15, lw=0)
+        classes = runs[0].outcome["classes"]
+        axes.hlines(math.log(classes) if quantity == "train_loss" else 100 / classes, 1, len(mean),
+                    color=COLORS["threshold"], lw=0.8, zorder=0)
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
