@@ -7,7 +7,8 @@
     X~   = (t X_t + s X_s) / 2
 
 and X~ is the current of a plain LIF neuron. The forms and the starting values alpha = beta = 0.5, t = 0.6 and s = 0.5
-are those of the authors' public code; the DCT is computed, not stored. With both gates at 1/2 X~ is 1.0125 X. On a
+are those of the authors' public code; the DCT is computed, not stored, and X is read and multiplied as a whole once:
+X~ = X (1 + g) (t + s (1 + a)) / 2. With both gates at 1/2 X~ is 1.0125 X. On a
 feature map of 1 x 1 every pooling is the number itself, and of the k x k window and the 7 x 7 kernel only the centre
 meets anything but padding: the spatial gate is then one learned function of the sum over the channels.
 """
@@ -39,10 +40,23 @@ class DCT(nn.Module):
     def __init__(self, k: int):
         super().__init__()
         self.k = k
-        self.register_buffer("basis", torch.einsum("ui,vj->uvij", dct(k), dct(k)).reshape(k * k, 1, k, k), False)
+        self.register_buffer("basis", torch.kron(dct(k), dct(k)), persistent=False)  # (k*k, k*k)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(F.pad(x, 2 * ((self.k - 1) // 2, self.k // 2)), self.basis)
+        windows = F.unfold(F.pad(x, 2 * ((self.k - 1) // 2, self.k // 2)), self.k)  # (B, k*k, HW)
+        return torch.bmm(self.basis.expand(x.shape[0], -1, -1), windows).unflatten(2, x.shape[-2:])
+
+
+class ToOneMap(nn.Conv2d):
+    """A bias-free 7x7 convolution of `maps` to one, the size kept: as a matrix product and a sum of shifted maps, which
+    for one output channel take a fraction of a convolution's time."""
+
+    def __init__(self, maps: int):
+        super().__init__(maps, 1, 7, padding=3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.weight[0].flip(-2, -1).flatten(1).T.expand(x.shape[0], -1, -1)    # (B, 49, maps)
+        return F.fold(torch.bmm(kernel, x.flatten(2)), x.shape[-2:], 7, padding=3)  # (B, 1, H, W)
 
 
 class TemporalAmplitude(nn.Module):
@@ -60,17 +74,17 @@ class TemporalAmplitude(nn.Module):
 
 
 class SpatialFrequency(nn.Module):
-    """The gate (B, 1, H, W) of the places, from x (T, B, C, H, W)."""
+    """The gate (B, 1, H, W) of the places, from one map (B, 1, H, W): X_t's sum over C of its mean over T."""
 
     def __init__(self, k: int, reduction: int):
         super().__init__()
         self.dct = DCT(k)
-        maps = [k * k, 1] if reduction == 1 else [k * k, k * k // reduction, 1]
-        convolutions = [nn.Conv2d(i, o, 7, padding=3, bias=False) for i, o in zip(maps, maps[1:])]
-        self.convolutions = nn.Sequential(convolutions[0], *(f for c in convolutions[1:] for f in (nn.ReLU(), c)))
+        maps = k * k // reduction
+        fewer = [nn.Conv2d(k * k, maps, 7, padding=3, bias=False), nn.ReLU()] if reduction > 1 else []
+        self.convolutions = nn.Sequential(*fewer, ToOneMap(maps))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.convolutions(self.dct(x.mean(0).sum(1, keepdim=True))).sigmoid()
+        return self.convolutions(self.dct(x)).sigmoid()
 
 
 class _Tanh(torch.autograd.Function):
@@ -88,8 +102,8 @@ class _Tanh(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (u,), slope = ctx.saved_tensors, ctx.slope
-        inside = (u >= 0) & (u <= 1)
-        return grad * inside * (1 - (slope * (u - 0.5)).tanh().square()) * (slope / (2 * math.tanh(slope / 2))), None
+        rise = (1 - (u - 0.5).mul_(slope).tanh_().square_()).mul_(slope / (2 * math.tanh(slope / 2)))
+        return torch.where(u == u.clamp(0, 1), grad * rise, 0), None
 
 
 class FSTALIF(LIF):
@@ -132,14 +146,20 @@ class FSTALIF(LIF):
 
     def attend(self, x: Tensor) -> Tensor:
         """X~ for all time steps at once."""
-        if self.temporal is not None:
-            x = x * self.temporal(x) + x
+        if not self.gates:
+            return x
+        gate = 1 + self.temporal(x) if self.temporal is not None else x.new_ones(self.T, 1, 1, 1, 1)
         if self.spatial is not None:
-            x = (self.t * x + self.s * (x * self.spatial(x) + x)) / 2
-        return x
+            seen = (gate * x.sum(2, keepdim=True)).mean(0)                          # (B, 1, H, W)
+            gate = gate * (self.t + self.s * (1 + self.spatial(seen))) / 2          # (T, B, 1, H, W)
+        return x * gate
+
+    def charge(self, hm: Tensor, x: Tensor) -> Tensor:
+        """U[t] from Hm[t-1] and X~[t], eq. 1 with gain 1 and a reset to 0."""
+        return torch.add(x, hm, alpha=self.decay)
 
     def fire(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        s = _Tanh.apply(u / self.v_th, self.slope)
+        s = _Tanh.apply(u if self.v_th == 1 else u / self.v_th, self.slope)
         return s, u * (1 - s)
 
     def forward(self, x: Tensor) -> Tensor:
