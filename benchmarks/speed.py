@@ -14,7 +14,8 @@ from torch import nn
 import staa
 from staa import fused
 from staa.attention import STAALIF
-from staa.neuron import LIF, over_time, rectangle
+from staa.neuron import LIF, over_time
+from staa.surrogate import rectangle
 
 #: Currents (T, B, C, H, W); on a GPU larger ones, or their time is that of the Python around them.
 SHAPES = {"cpu": [(4, 32, 64, 32, 32), (16, 8, 64, 32, 32)], "cuda": [(4, 512, 64, 32, 32), (16, 128, 64, 32, 32)]}

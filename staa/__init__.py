@@ -9,10 +9,11 @@ from .config import Config
 from .firing import firing_rates, neurons
 from .fsta import FSTALIF
 from .networks import NETWORKS, NEURONS, build
-from .neuron import LIF, rectangle
+from .neuron import LIF
 from .records import Record
 from .settings import Error
 from .statten import STAttenLIF
+from .surrogate import Surrogate, rectangle
 from .train import run
 from .weights import from_pretrained, load, save_pretrained
 
@@ -20,9 +21,9 @@ from .weights import from_pretrained, load, save_pretrained
 warnings.filterwarnings("ignore", message="'staa.train' found in sys.modules", category=RuntimeWarning)
 
 __version__ = "0.1.0"
-__all__ = ["LIF", "STAALIF", "FSTALIF", "STAttenLIF", "PositionEncoding", "GlobalContext", "StepAttention", "rectangle",
-           "build", "neurons", "firing_rates", "NETWORKS", "NEURONS", "Config", "Record", "Error", "run",
-           "load", "save_pretrained", "from_pretrained"]
+__all__ = ["LIF", "STAALIF", "FSTALIF", "STAttenLIF", "PositionEncoding", "GlobalContext", "StepAttention",
+           "Surrogate", "rectangle", "build", "neurons", "firing_rates", "NETWORKS", "NEURONS", "Config", "Record",
+           "Error", "run", "load", "save_pretrained", "from_pretrained"]
 
 
 def __getattr__(name: str) -> ModuleType:

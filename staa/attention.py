@@ -279,7 +279,8 @@ class STAALIF(LIF):
                 kept[t].fill_(not drop)  # a mask from the host would make it wait for a GPU
             w, slope = kept * w, kept * slope
         fixed = [(1.0, 1.0) if drop else step for drop in dropped]
-        return fused_staa.mixed(x, mean + added + pe_membrane, w, slope, gate, alpha, fixed, self.numbers()[2:])
+        return fused_staa.mixed(x, mean + added + pe_membrane, w, slope, gate, alpha, fixed, self.numbers()[2:],
+                                self.surrogate)
 
     def is_plain(self) -> bool:
         """As in LIF; and no block is another's, or has anybody who listens: `fused` does not call them as modules."""

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from .neuron import LIF
 from .settings import bounded, unused
+from .surrogate import TANH
 
 
 def dct(k: int) -> Tensor:
@@ -87,25 +88,6 @@ class SpatialFrequency(nn.Module):
         return self.convolutions(self.dct(x)).sigmoid()
 
 
-class _Tanh(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(u: Tensor, slope: float) -> Tensor:
-        return (u > 0.5).to(u.dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        u, ctx.slope = inputs
-        ctx.save_for_backward(u)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (u,), slope = ctx.saved_tensors, ctx.slope
-        rise = (1 - (u - 0.5).mul_(slope).tanh_().square_()).mul_(slope / (2 * math.tanh(slope / 2)))
-        return torch.where(u == u.clamp(0, 1), grad * rise, 0), None
-
-
 class FSTALIF(LIF):
     """LIF neuron behind the FSTA module: current (T, B, C, H, W) in, spikes out; T is fixed, H and W are any.
 
@@ -117,6 +99,8 @@ class FSTALIF(LIF):
         and 0 elsewhere; in the authors' code 1 with the module and 3 for the plain neuron.
     Raises ValueError on a value that is not allowed, and on k or reduction without the spatial branch.
     """
+
+    surrogate = TANH
 
     def __init__(self, channels: int, T: int, *, temporal: bool = True, spatial: bool = True, k: int = 7,
                  reduction: int = 1, decay: float = 0.25, v_th: float = 1.0, slope: float = 1.0):
@@ -154,13 +138,10 @@ class FSTALIF(LIF):
             gate = gate * (self.t + self.s * (1 + self.spatial(seen))) / 2          # (T, B, 1, H, W)
         return x * gate
 
-    def charge(self, hm: Tensor, x: Tensor) -> Tensor:
-        """U[t] from Hm[t-1] and X~[t], eq. 1 with gain 1 and a reset to 0."""
-        return torch.add(x, hm, alpha=self.decay)
-
-    def fire(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        s = _Tanh.apply(u if self.v_th == 1 else u / self.v_th, self.slope)
-        return s, u * (1 - s)
+    def numbers(self) -> tuple:
+        """As in LIF. The surrogate rises by 1 over all that it reaches, v_th / 2 to both sides of the threshold."""
+        peak = self.slope / (2 * math.tanh(self.slope / 2) * self.v_th)
+        return self.decay, 1.0, self.v_th / 2, 0.0, self.v_th / 2, self.slope / self.v_th, peak
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() not in (3, 5) or x.shape[0] != self.T:

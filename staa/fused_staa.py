@@ -23,14 +23,13 @@ from .fused import (
     compiles,
     constants,
     empty_beside,
-    fire_backward,
-    fire_backward_in_place,
     first_derivative,
     is_channels_last,
     lazy_compile,
     membrane_type,
-    reset,
 )
+from .fused_lif import fire, fire_backward, fire_backward_in_place, reset
+from .surrogate import Surrogate
 
 
 def pooled(x: Tensor, key: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,19 +71,19 @@ class _Pooled(torch.autograd.Function):
 
 
 def mixed(x: Tensor, seen: Tensor, w: Tensor, slope: Tensor, gate: Sequence[Tensor], alpha: float,
-          fixed: Sequence[tuple[float, float] | None], numbers: tuple) -> Tensor:
+          fixed: Sequence[tuple[float, float] | None], numbers: tuple, surrogate: Surrogate) -> Tensor:
     """Spikes for the current x (T, B, C, H, W), where U[t] = p Hm[t-1] + q X[t] + w[t] + p slope[t].
 
     gate: SA's weights and biases W_1 (C/r, C), b_1, W_2 (C, C/r) and b_2, from which q = alpha - p and
     p = alpha sigmoid(W_2 ReLU(W_1 (Hm[t-1]'s mean over space + seen[t]))), eqs. 12 and 14. fixed: p and q of the steps
-    without a gate, None for the others. seen, w, slope: (T, B, C). numbers: v_th, v_reset, a.
+    without a gate, None for the others. seen, w, slope: (T, B, C). numbers: threshold, reset and surrogate's settings.
     """
-    return _Mixed.apply(x, seen, w, slope, alpha, fixed, numbers, *gate)
+    return _Mixed.apply(x, seen, w, slope, alpha, fixed, numbers, surrogate, *gate)
 
 
 class _Mixed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, seen, w, slope, alpha, fixed, numbers, *gate):
+    def forward(ctx, x, seen, w, slope, alpha, fixed, numbers, surrogate, *gate):
         space, compiled, v_reset = axis_of_space(x), compiles(x), numbers[1]
         y, w = as_it_lies(x, space), w.clone()
         p, q, z = torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w)   # (T, B, C); z: what the gate sees
@@ -102,28 +101,28 @@ class _Mixed(torch.autograd.Function):
                 torch.mul(torch.addmm(b2, hidden, w2.T).sigmoid_(), alpha, out=p_t)
                 torch.sub(alpha, p_t, out=q_t)
             w_t.addcmul_(p_t, slope[t])
-            _step(compiled, hm, y_t, *(n.unsqueeze(space) for n in (p_t, q_t, w_t)), s_t, numbers)
+            _step(compiled, hm, y_t, *(n.unsqueeze(space) for n in (p_t, q_t, w_t)), s_t, surrogate, numbers)
         ctx.save_for_backward(x, p, q, w, slope, z, h, *gate)
-        ctx.alpha, ctx.fixed, ctx.numbers = alpha, fixed, numbers
+        ctx.alpha, ctx.fixed, ctx.numbers, ctx.surrogate = alpha, fixed, numbers, surrogate
         return as_it_was(s, space, x.shape)
 
     @staticmethod
     @first_derivative
     def backward(ctx, ds):
         x, p, q, w, slope, z, h, *gate = ctx.saved_tensors
-        space, compiled, numbers = axis_of_space(x), compiles(x), ctx.numbers
+        space, compiled, numbers, surrogate = axis_of_space(x), compiles(x), ctx.numbers, ctx.surrogate
         y, ds = as_it_lies(x, space), as_it_lies(ds, space)
         dx, hm = empty_beside(y, ds), torch.empty_like(y, dtype=w.dtype)
         big = list(zip(*(n.unbind() for n in (hm, y, *(n.unsqueeze(space) for n in (p, q, w))))))
         hm[0] = numbers[1]                                                        # Hm[t-1] at t
         for before, after in zip(big, hm[1:].unbind()):
-            _membrane(compiled, *before, after, numbers)
+            _membrane(compiled, *before, after, surrogate, numbers)
         dhm, dmean = torch.zeros_like(hm[0]), torch.zeros_like(p[0])
         dw, da, dz, dh = (torch.zeros_like(n) for n in (w, w, z, h))
         dp_da = p * q / ctx.alpha                                                 # a: W_2's output
         for t, (now, ds_t, dx_t) in reversed(list(enumerate(zip(big, ds.unbind(), dx.unbind())))):
             spread = (dmean / y.shape[space]).unsqueeze(space)                    # over the positions whose mean it is
-            dp, dq, dw_t = _step_backward(compiled, dhm, ds_t, spread, *now, dx_t, space, numbers)
+            dp, dq, dw_t = _step_backward(compiled, dhm, ds_t, spread, *now, dx_t, space, surrogate, numbers)
             dw[t].copy_(dw_t)
             if not ctx.fixed[t]:
                 w1, _, w2, _ = gate
@@ -132,7 +131,7 @@ class _Mixed(torch.autograd.Function):
                 dz[t].copy_(dhidden @ w1)
             dmean = dz[t]
         dgate = [n for d, seen in ((dh, z), (da, h)) for n in (d.flatten(0, 1).T @ seen.flatten(0, 1), d.sum((0, 1)))]
-        return as_it_was(dx, space, x.shape), dz, dw, dw * p, None, None, None, *(dgate if gate else [])
+        return as_it_was(dx, space, x.shape), dz, dw, dw * p, *[None] * 4, *(dgate if gate else [])
 
 
 # Layout.
@@ -161,8 +160,8 @@ def by_position(x: Tensor, space: int) -> Tensor:
 # One time step: (B, HW, C) or (B, C, HW); p, q, w and dmean have one number there for all of space.
 
 def one_pass(in_place: Callable, **options) -> Callable:
-    """A function of tensors and the neuron's numbers (v_th, v_reset, a), called as function(compiled, ...): compiled,
-    or by its counterpart, `in_place`. options: Inductor's."""
+    """A function of tensors, the surrogate and the neuron's numbers (threshold, reset, the surrogate's settings),
+    called as function(compiled, ...): compiled, or by its counterpart, `in_place`. options: Inductor's."""
     def decorated(function: Callable) -> Callable:
         fast = lazy_compile(function, **options)
 
@@ -179,21 +178,21 @@ def potential(hm: Tensor, x: Tensor, p: Tensor, q: Tensor, w: Tensor, out: Tenso
     return torch.addcmul(w, p, hm, out=out).addcmul_(q, x.to(hm.dtype))
 
 
-def _step_in_place(hm, x, p, q, w, s, v_th, v_reset, a):
+def _step_in_place(hm, x, p, q, w, s, surrogate, v_th, v_reset, *_):
     u = potential(hm, x, p, q, w)
-    torch.ge(u, v_th, out=s)
-    reset(hm, u, v_th, v_reset)
+    fire(u, s, surrogate, v_th)
+    reset(hm, u, surrogate, v_th, v_reset)
 
 
-def _membrane_in_place(hm, x, p, q, w, out, v_th, v_reset, a):
+def _membrane_in_place(hm, x, p, q, w, out, surrogate, v_th, v_reset, *_):
     u = potential(hm, x, p, q, w)
-    reset(out, u, v_th, v_reset)
+    reset(out, u, surrogate, v_th, v_reset)
 
 
-def _step_backward_in_place(dhm, ds, dmean, hm, x, p, q, w, dx, space, v_th, v_reset, a):
+def _step_backward_in_place(dhm, ds, dmean, hm, x, p, q, w, dx, space, *rule):
     dhm += dmean
-    u, room = potential(hm, x, p, q, w), torch.empty_like(hm)
-    fire_backward_in_place(u, ds.to(u.dtype), dhm, 1.0, v_th, v_reset, a, (room, dhm), du := torch.empty_like(hm))
+    u, room, du = potential(hm, x, p, q, w), torch.empty_like(hm), torch.empty_like(hm)
+    fire_backward_in_place(u, ds.to(u.dtype), dhm, 1.0, (room, dhm), du, *rule)
     sums = [torch.mul(du, factor, out=room).sum(space) for factor in (hm, x)] + [du.sum(space)]
     torch.mul(du, q, out=dx)
     torch.mul(du, p, out=dhm)
@@ -202,28 +201,27 @@ def _step_backward_in_place(dhm, ds, dmean, hm, x, p, q, w, dx, space, v_th, v_r
 
 # U reads five tensors. Without the option Inductor would write it to memory first.
 @one_pass(_step_in_place, realize_reads_threshold=16)
-def _step(hm, x, p, q, w, s, settings):
+def _step(hm, x, p, q, w, s, surrogate, numbers):
     """S[t] into s; Hm[t] takes the place of Hm[t-1]."""
-    v_th, v_reset, a = settings.unbind()
+    v_th, v_reset, *_ = numbers.unbind()
     u = p * hm + q * x + w
-    fired = u - v_th >= 0
+    fired = surrogate.fires(u - v_th)
     s.copy_(fired)
     hm.copy_(torch.where(fired, v_reset, u))
 
 
 @one_pass(_membrane_in_place)
-def _membrane(hm, x, p, q, w, out, settings):
+def _membrane(hm, x, p, q, w, out, surrogate, numbers):
     """Hm[t] into out."""
-    v_th, v_reset, a = settings.unbind()
+    v_th, v_reset, *_ = numbers.unbind()
     u = p * hm + q * x + w
-    out.copy_(torch.where(u - v_th >= 0, v_reset, u))
+    out.copy_(torch.where(surrogate.fires(u - v_th), v_reset, u))
 
 
 @one_pass(_step_backward_in_place)
-def _step_backward(dhm, ds, dmean, hm, x, p, q, w, dx, space: int, settings):
+def _step_backward(dhm, ds, dmean, hm, x, p, q, w, dx, space: int, surrogate, numbers):
     """dp, dq, dw (B, C); dX[t] into dx; dHm[t-1], but for what comes by its mean, takes the place of dHm[t]."""
-    v_th, v_reset, a = settings.unbind()
-    du = fire_backward(p * hm + q * x + w, ds, dhm + dmean, v_th, v_reset, a)
+    du = fire_backward(p * hm + q * x + w, ds, dhm + dmean, surrogate, *numbers.unbind())
     dx.copy_(q * du)
     sums = [d.sum(space) for d in (du * hm, du * x, du)]
     dhm.copy_(p * du)

@@ -15,34 +15,9 @@ Time is the first axis, and a neuron keeps nothing between calls: there is no st
 import torch
 from torch import Tensor, nn
 
-from . import fused
+from . import fused, fused_lif
 from .settings import bounded
-
-
-class _Rectangle(torch.autograd.Function):
-    generate_vmap_rule = True  # for torch.func, as is `setup_context`
-
-    @staticmethod
-    def forward(v: Tensor, a: float) -> Tensor:
-        return (v >= 0).to(v.dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        v, ctx.a = inputs
-        ctx.save_for_backward(v)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (v,) = ctx.saved_tensors
-        return grad * (v.abs() <= ctx.a / 2) / ctx.a, None
-
-
-def rectangle(v: Tensor, a: float = 1.0) -> Tensor:
-    """Spike where v = U - V_th >= 0 (eq. 2), with the rectangular surrogate gradient of eq. 5.
-
-    The gradient dS/dU is 1/a where |v| <= a/2, its edge included, and 0 elsewhere. The paper sets a = 1.
-    """
-    return _Rectangle.apply(v, a)
+from .surrogate import RECTANGLE, Surrogate
 
 
 class LIF(nn.Module):
@@ -54,7 +29,12 @@ class LIF(nn.Module):
     v_th, v_reset: threshold and reset potential, in the unit of the current; the paper's threshold is 1.
     a: width of the surrogate's rectangle, eq. 5.
     Raises ValueError on decay outside [0, 1], a <= 0, v_th <= v_reset, and a number beyond 1e30.
+
+    A subclass may bring another `surrogate`, with its settings at the end of `numbers()`, and stays fast; one that
+    writes `charge` or `fire` anew is computed as written.
     """
+
+    surrogate: Surrogate = RECTANGLE
 
     def __init__(self, channels: int | None = None, T: int | None = None, *, decay: float = 0.25, gain: float = 1.0,
                  v_th: float = 1.0, v_reset: float = 0.0, a: float = 1.0):
@@ -82,12 +62,14 @@ class LIF(nn.Module):
 
     def fire(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """S[t] and Hm[t] from U[t], eqs. 2 and 3."""
-        s = rectangle(u - self.v_th, self.a)
-        return s, u * (1 - s) + self.v_reset * s
+        _, _, v_th, _, *settings = self.numbers()
+        s = self.surrogate(u - v_th, *settings)
+        gate = s if self.surrogate.through_reset else s.detach()
+        return s, u * (1 - gate) + self.v_reset * gate
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_plain() and fused.usable(x, *self.numbers()):
-            return fused.lif(x, *self.numbers())
+            return fused_lif.lif(x, self.numbers(), self.surrogate)
         hm = torch.full_like(x[0], self.v_reset, dtype=fused.membrane_type(x))
         spikes = []
         for x_t in x.unbind():  # (B, ...), one time step; indexing x[t] would cost a full-size gradient each
@@ -96,6 +78,7 @@ class LIF(nn.Module):
         return over_time(spikes).to(x.dtype)
 
     def numbers(self) -> tuple:
+        """decay, gain, threshold and reset, and the surrogate's settings."""
         return self.decay, self.gain, self.v_th, self.v_reset, self.a
 
     def is_plain(self) -> bool:

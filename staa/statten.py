@@ -25,24 +25,7 @@ from .firing import evaluating
 from .networks import NETWORKS, NEURONS, SpikingNetwork, Steps, conv1x1, conv3x3
 from .neuron import LIF
 from .settings import bounded
-
-
-class _Sigmoid(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(v: Tensor, slope: float) -> Tensor:
-        return (v >= 0).to(v.dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        v, ctx.slope = inputs
-        ctx.save_for_backward(v)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        y = (ctx.slope * ctx.saved_tensors[0]).sigmoid()
-        return grad * ctx.slope * y * (1 - y), None
+from .surrogate import SIGMOID
 
 
 class STAttenLIF(LIF):
@@ -50,6 +33,8 @@ class STAttenLIF(LIF):
 
     slope: of the surrogate, the derivative of sigmoid(slope (U - v_th)).
     """
+
+    surrogate = SIGMOID
 
     def __init__(self, channels: int | None = None, T: int | None = None, *, tau: float = 2.0, v_th: float = 1.0,
                  slope: float = 4.0):
@@ -66,9 +51,8 @@ class STAttenLIF(LIF):
         """As in LIF: here tau is a setting."""
         return cls(*sizes, tau=tau, **settings)
 
-    def fire(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        s = _Sigmoid.apply(u - self.v_th, self.slope)
-        return s, u * (1 - s.detach())
+    def numbers(self) -> tuple:
+        return self.decay, self.gain, self.v_th, 0.0, self.slope
 
     def extra_repr(self) -> str:
         return f"tau={1 / self.gain:g}, v_th={self.v_th}, slope={self.slope}"

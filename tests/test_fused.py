@@ -1,5 +1,6 @@
 """The fast path against the reference: the same spikes, the same gradients, for any shape, layout, type and setting."""
 
+import math
 import runpy
 
 import pytest
@@ -8,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import staa
-from staa import fused, fused_staa
+from staa import fused, fused_lif, fused_staa
 from staa.attention import STAALIF
+from staa.fsta import FSTALIF
 from staa.neuron import LIF
+from staa.statten import STAttenLIF
+from staa.surrogate import RECTANGLE, SIGMOID, Surrogate
 
 #: Compiling takes seconds, so the properties are tried on the functions as they stand, and compiled on fewer shapes.
 WAYS = {"as it stands": 2 ** 60, "compiled": 0}
@@ -95,6 +99,75 @@ def test_lif_compiled(channels_last):
             same(LIF(**numbers), current(shape, channels_last=channels_last))
 
 
+def siblings(T, numbers) -> list:
+    """The neurons of FSTA, without and with its module, and of STAtten, with those of the numbers that they have."""
+    shared = {"v_th": numbers["v_th"] + 0.3} if "v_th" in numbers else {}
+    fsta = shared | {name: numbers[name] for name in numbers.keys() & {"decay"}}
+    slope = {"slope": numbers["a"]} if "a" in numbers else {}
+    return [FSTALIF(4, T, temporal=False, spatial=False, **fsta, **slope),
+            shaken(FSTALIF(4, T, k=3, **fsta, **slope).double()),
+            STAttenLIF(**shared, **slope, **{"tau": 1 + numbers["gain"]} if "gain" in numbers else {})]
+
+
+@few
+@given(sizes, lif_settings, st.booleans())
+def test_the_siblings_neurons(shape, numbers, channels_last):
+    fused.WORTH_COMPILING = WAYS["as it stands"]
+    for neuron in siblings(shape[0], numbers):
+        same(neuron, current(shape, channels_last=channels_last))
+
+
+def test_the_siblings_neurons_compiled():
+    fused.WORTH_COMPILING = WAYS["compiled"]
+    for numbers in ({}, dict(decay=0.5, gain=0.5, v_th=0.7, a=3.0)):
+        for shape in ((3, 2, 5, 4, 3), (3, 1, 2, 6, 5)):
+            for neuron in siblings(3, numbers):
+                same(neuron, current(shape, channels_last=True))
+
+
+def arctangent(v, a):
+    """1 / (a (1 + (pi v / a)^2)), the derivative of arctan(pi v / a) / pi: 1/a in the middle, like the rectangle."""
+    return 1 / (a * (1 + (torch.pi / a * v) ** 2))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("through_reset", [True, False])
+def test_somebodys_own_surrogate_is_as_fast(way, through_reset, monkeypatch):
+    """In a subclass of LIF and of STAALIF: the same as the reference, which `fused` computes, and by hand for one step."""
+    fused.WORTH_COMPILING = WAYS[way]
+    own = Surrogate(arctangent, through_reset=through_reset)
+
+    class Arctangent(LIF):
+        surrogate = own
+
+    class WithAttention(STAALIF):
+        surrogate = own
+
+    x = current((3, 2, 5, 4, 3), channels_last=True)
+    for neuron in (Arctangent(), Arctangent(a=2.0, v_reset=-0.2, decay=0.6), shaken(WithAttention(5, 3, a=2.0).double())):
+        assert neuron.is_plain()
+        same(neuron, x)
+    _, dx, _ = outcome(Arctangent(a=2.0), torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64), True)
+    _, ones, _ = outcome(LIF(a=100.0), torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64), True)  # the cotangent / 100
+    torch.testing.assert_close(dx / ones, 100 / (2 * (1 + torch.tensor([[torch.pi / 2, 0, torch.pi / 2]]).double() ** 2)))
+
+    called = []
+    monkeypatch.setattr(fused_lif, "lif", lambda x, *_: called.append("lif") or x)
+    Arctangent()(x)
+    assert called == ["lif"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_only_above_its_threshold_fstas_neuron_fires(way):
+    """U = 1/2, which is its threshold; and there its surrogate's peak, 1 / (2 tanh(1/2))."""
+    fused.WORTH_COMPILING = WAYS[way]
+    neuron, x = FSTALIF(1, 1, temporal=False, spatial=False), torch.tensor([[0.5, 0.5 + 2 ** -24]]).view(1, 1, 1, 1, 2)
+    s, dx, _ = outcome(neuron, x, True)
+    assert s.flatten().tolist() == [0, 1]
+    _, one, _ = outcome(LIF(a=100.0), x, True)
+    torch.testing.assert_close(dx / (100 * one), torch.full_like(x, 1 / (2 * math.tanh(0.5))))
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_wider_rectangle_is_lower(way):
     """With a = 4 it is 1/4 from U = -1 to 3; without memory, decay = 0, U is the current."""
@@ -169,7 +242,7 @@ def test_the_layout_stays(neuron):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_slices_meet_without_a_seam(way, monkeypatch):
-    monkeypatch.setattr(fused, "SLICE", 7)
+    monkeypatch.setattr(fused_lif, "SLICE", 7)
     fused.WORTH_COMPILING = WAYS[way]
     same(LIF(v_reset=-0.1), current((3, 5, 4, 3, 3)))
 
@@ -199,10 +272,10 @@ def test_the_edge_of_the_rectangle_belongs_to_it():
 @few
 @given(st.floats(-3, 3), st.floats(1e-3, 4), st.sampled_from([torch.float32, torch.float64]))
 def test_the_edges_are_where_rounding_puts_them(v_th, a, dtype):
-    for edge in fused.rectangle_edges(v_th, a, dtype):
+    for edge in fused_lif.rectangle_edges(v_th, a, dtype):
         edge = torch.tensor(edge, dtype=dtype)
         for u in (edge, torch.nextafter(edge, torch.tensor(v_th, dtype=dtype))):
-            low, high = fused.rectangle_edges(v_th, a, dtype)
+            low, high = fused_lif.rectangle_edges(v_th, a, dtype)
             assert bool((u - v_th).abs() <= a / 2) == (low < u.item() < high) == (u != edge).item()
 
 
@@ -226,7 +299,8 @@ def saved_bytes(neuron, x) -> int:
 def test_nothing_is_kept_but_the_current(channels_last, way):
     fused.WORTH_COMPILING = WAYS[way]
     x = current((4, 2, 16, 8, 8), torch.float32, channels_last)
-    assert saved_bytes(LIF(), x) == 0
+    assert saved_bytes(LIF(), x) == saved_bytes(STAttenLIF(), x) == 0
+    assert saved_bytes(FSTALIF(16, 4, temporal=False, spatial=False), x) == 0
     # GC's two weights a position and the small tensors (B, C); the membrane potential would be x.nbytes by itself.
     small = 40 * 4 * (4 * 2 * 16) + sum(p.nbytes for p in STAALIF(16, 4).parameters())
     assert saved_bytes(STAALIF(16, 4), x) <= 2 * x.nbytes / 16 + small
@@ -239,8 +313,10 @@ def test_compiled_in_one_graph():
     x = [torch.randn(64) for _ in range(4)]
     out = [torch.empty(64) for _ in range(4)]
     numbers = fused.constants((0.25, 1.0, 1.0, 0.0, 1.0), torch.float32, x[0].device)
-    plain = {f"{way}, {authors}": (function, (*tensors, numbers, authors)) for authors in (True, False)
-             for way, function, tensors in (("forward", fused._lif, (x, out)), ("backward", fused._lif_backward, (x, x, out)))}
+    plain = {f"{way}, {usual}": (function, (*tensors, numbers, usual, surrogate))
+             for usual, surrogate in ((True, RECTANGLE), (False, RECTANGLE), (False, SIGMOID))
+             for way, function, tensors in (("forward", fused_lif._lif, (x, out)),
+                                            ("backward", fused_lif._lif_backward, (x, x, out)))}
     for name, (function, arguments) in plain.items():
         torch._dynamo.reset()
         metrics.reset()
@@ -333,7 +409,7 @@ def test_the_environments_switch(monkeypatch, word, on):
 
 def test_the_switch(monkeypatch):
     called = []
-    monkeypatch.setattr(fused, "lif", lambda *a: called.append("lif"))
+    monkeypatch.setattr(fused_lif, "lif", lambda *a: called.append("lif"))
     monkeypatch.setattr(fused_staa, "mixed", lambda *a: called.append("staa"))
     fused.enabled = False
     LIF()(torch.zeros(2, 1))

@@ -1,0 +1,219 @@
+"""The LIF neuron in few passes over memory, with any surrogate. What it computes stands in `neuron.py`; this file only
+computes it faster, and is tested against it."""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .fused import (
+    compiles,
+    constants,
+    empty_beside,
+    first_derivative,
+    flat,
+    is_channels_last,
+    lazy_compile,
+    membrane_type,
+    shaped,
+)
+from .surrogate import RECTANGLE, Surrogate, at_the_threshold
+
+#: Elements of one slice on a CPU.
+SLICE = 2 ** 19
+
+
+class _LIF(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, numbers: tuple, surrogate: Surrogate):
+        last = is_channels_last(x)
+        rows = flat(x, last)
+        s = empty_beside(rows)
+        ctx.save_for_backward(rows)
+        ctx.numbers, ctx.surrogate, ctx.shape, ctx.last, ctx.compiles = numbers, surrogate, x.shape, last, compiles(x)
+        if ctx.compiles:
+            _lif(rows.unbind(), s.unbind(), *as_compiled(numbers, x), surrogate)
+        else:
+            _lif_sliced(rows, s, surrogate, *numbers)
+        return shaped(s, x.shape, last)
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx, grad: Tensor):
+        rows, = ctx.saved_tensors
+        grad = flat(grad, ctx.last)
+        dx = empty_beside(rows, grad)
+        if ctx.compiles:
+            _lif_backward(rows.unbind(), grad.unbind(), dx.unbind(), *as_compiled(ctx.numbers, rows), ctx.surrogate)
+        else:
+            _lif_sliced_backward(rows, grad, dx, ctx.surrogate, *ctx.numbers)
+        return shaped(dx, ctx.shape, ctx.last), None, None
+
+
+def lif(x: Tensor, numbers: tuple, surrogate: Surrogate) -> Tensor:
+    """Spikes of the plain neuron for the current x (T, B, ...). numbers: those of `LIF.numbers`."""
+    return _LIF.apply(x, numbers, surrogate)
+
+
+def as_compiled(numbers: tuple, x: Tensor) -> tuple[Tensor, bool]:
+    """The numbers as a tensor, and whether the gain, the reset and the surrogate's settings are the usual 1, 0 and 1:
+    as plain numbers these drop out when compiled."""
+    _, gain, _, v_reset, *settings = numbers
+    return constants(numbers, membrane_type(x), x.device), (gain, v_reset, {*settings}) == (1, 0, {1})
+
+
+def unpacked(constants: Tensor, usual: bool) -> list:
+    decay, gain, v_th, v_reset, *settings = constants.unbind()
+    return [decay, 1.0, v_th, 0.0, *[1.0] * len(settings)] if usual else [decay, gain, v_th, v_reset, *settings]
+
+
+@lazy_compile
+def _lif(x: list[Tensor], s: list[Tensor], constants: Tensor, usual: bool, surrogate: Surrogate):  # T rows (N,) each
+    decay, gain, v_th, v_reset, *_ = unpacked(constants, usual)
+    hm = v_reset
+    for x_t, s_t in zip(x, s):
+        u = v_reset + decay * (hm - v_reset) + gain * x_t.to(constants.dtype)
+        fired = surrogate.fires(u - v_th)
+        hm = torch.where(fired, v_reset, u)
+        s_t.copy_(fired)
+
+
+@lazy_compile
+def _lif_backward(x: list[Tensor], ds: list[Tensor], dx: list[Tensor], constants: Tensor, usual: bool,
+                  surrogate: Surrogate):
+    decay, gain, v_th, v_reset, *settings = unpacked(constants, usual)
+    hm, us = v_reset, []
+    for x_t in x:
+        us.append(v_reset + decay * (hm - v_reset) + gain * x_t.to(constants.dtype))
+        hm = torch.where(surrogate.fires(us[-1] - v_th), v_reset, us[-1])
+    dhm = None
+    for u, ds_t, dx_t in zip(reversed(us), reversed(ds), reversed(dx)):
+        du = fire_backward(u, ds_t.to(constants.dtype), dhm, surrogate, v_th, v_reset, *settings)
+        dx_t.copy_(gain * du)
+        dhm = decay * du
+
+
+def fire_backward(u, ds, dhm, surrogate: Surrogate, v_th, v_reset, *settings) -> Tensor:
+    """dU from dS and dHm (None after the last step): eqs. 2, 3 and 5."""
+    v = u - v_th
+    through = ds if dhm is None or not surrogate.through_reset else ds + dhm * (v_reset - u)
+    through = through * surrogate.gradient(v, *settings)
+    return through if dhm is None else through + torch.where(surrogate.fires(v), 0, dhm)
+
+
+# The same without a compiler, each operator in place or into a tensor that is there already.
+
+def select(y: Tensor, v: Tensor, low: float, high: float, out: Tensor) -> None:
+    """y where low < v < high and 0 elsewhere, in one pass."""
+    torch.ops.aten.hardtanh_backward.grad_input(y, v, low, high, grad_input=out)  # named in full: twice as fast to call
+
+
+def fire(u: Tensor, s: Tensor, surrogate: Surrogate, v_th: float) -> None:
+    """s = 1 where u fires, else 0: eq. 2."""
+    if surrogate.fires is at_the_threshold:
+        torch.ge(u, v_th, out=s)
+    else:
+        s.copy_(surrogate.fires(u - v_th))
+
+
+def reset(hm: Tensor, u: Tensor, surrogate: Surrogate, v_th: float, v_reset: float) -> None:
+    """hm = v_reset where u fires, else u: eq. 3."""
+    if surrogate.fires is at_the_threshold and not v_reset:
+        select(u, u, -torch.inf, v_th, out=hm)
+    else:
+        hm.copy_(u).masked_fill_(surrogate.fires(u - v_th), v_reset)
+
+
+def fire_backward_in_place(u: Tensor, ds: Tensor, d: Tensor | None, decay: float, room: tuple[Tensor, Tensor],
+                           out: Tensor, surrogate: Surrogate, v_th: float, v_reset: float, *settings: float) -> None:
+    """`fire_backward` of dHm = decay d, or of no dHm, into `out`; the two tensors of room may be d and out."""
+    if surrogate is not RECTANGLE:
+        dhm = None if d is None else decay * d
+        out.copy_(fire_backward(u, ds.to(u.dtype), dhm, surrogate, v_th, v_reset, *settings))
+        return
+    a, = settings
+    through, kept = room if d is not None else (out, out)
+    if d is not None:
+        ds = torch.addcmul(ds, u - v_reset if v_reset else u, d, value=-decay, out=through)
+    select(ds.to(u.dtype), u, *rectangle_edges(v_th, a, u.dtype), out=through)
+    if a != 1:
+        through *= 1 / a
+    if d is not None:
+        select(d, u, -torch.inf, v_th, out=kept)
+        torch.add(through, kept, alpha=decay, out=out)
+
+
+@functools.cache
+def rectangle_edges(v_th: float, a: float, dtype: torch.dtype) -> tuple[float, float]:
+    """The numbers just outside eq. 5's rectangle: abs(u - v_th) <= a / 2, rounded as ever, where low < u < high."""
+    kind: Any = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
+
+    def edge(sign: int) -> float:
+        inside, outside = kind(v_th), kind(v_th + sign * (2 * a + abs(v_th)))
+        while (middle := inside / 2 + outside / 2) not in (inside, outside):
+            if abs(middle - kind(v_th)) <= kind(a / 2):
+                inside = middle
+            else:
+                outside = middle
+        return float(outside)
+
+    return edge(-1), edge(1)
+
+
+def slices(x: Tensor, buffers: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Slices of the rows of x (T, N), on a GPU one; with each the same buffers again, in the membrane's type."""
+    size = min(SLICE, x.shape[1]) if x.device.type == "cpu" else x.shape[1]
+    memory = x.new_empty(buffers, size, dtype=membrane_type(x))
+    for start in range(0, x.shape[1], size):
+        part = slice(start, min(start + size, x.shape[1]))
+        yield part, memory[:, :part.stop - part.start].unbind()
+
+
+def _potentials(x: Sequence[Tensor], us: Sequence[Tensor], hm: Tensor, surrogate: Surrogate, decay, gain, v_th,
+                v_reset) -> Iterator[Tensor]:
+    """U[t], step by step, with the rounding of `LIF.charge`; in us[t], or X itself where that is U. hm is room."""
+    plain = gain == 1 and not v_reset and x[0].dtype == hm.dtype
+    exact = math.frexp(decay)[0] == 0.5  # a power of two: the product is not rounded, and one pass does for two
+    before = None
+    for x_t, u in zip(x, us):
+        if before is not None:
+            reset(hm, before, surrogate, v_th, v_reset)
+        elif not plain:
+            hm.fill_(v_reset)
+        if before is None and plain:
+            u = x_t
+        elif exact and plain:
+            torch.add(x_t, hm, alpha=decay, out=u)
+        else:
+            if v_reset:
+                hm -= v_reset
+            torch.mul(hm, decay, out=u)
+            if v_reset:
+                u += v_reset
+            u += x_t if gain == 1 else x_t.to(u.dtype) * gain
+        yield u
+        before = u
+
+
+def _lif_sliced(x, s, surrogate, decay, gain, v_th, v_reset, *_):
+    for part, (hm, u) in slices(x, 2):
+        potentials = _potentials(x[:, part].unbind(), [u] * len(x), hm, surrogate, decay, gain, v_th, v_reset)
+        for u, s_t in zip(potentials, s[:, part].unbind()):
+            fire(u, s_t, surrogate, v_th)
+
+
+def _lif_sliced_backward(x, ds, dx, surrogate, decay, gain, v_th, v_reset, *settings):
+    in_dx = gain == 1 and dx.dtype == membrane_type(x)
+    for part, (hm, through, du, *us) in slices(x, 3 + len(x)):
+        us = list(_potentials(x[:, part].unbind(), us, hm, surrogate, decay, gain, v_th, v_reset))
+        d = None  # dU[t+1]
+        for u, ds_t, dx_t in zip(reversed(us), reversed(ds[:, part].unbind()), reversed(dx[:, part].unbind())):
+            out = dx_t if in_dx else du
+            fire_backward_in_place(u, ds_t, d, decay, (through, hm), out, surrogate, v_th, v_reset, *settings)
+            if not in_dx:
+                torch.mul(du, gain, out=dx_t)
+            d = out
