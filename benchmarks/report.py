@@ -8,7 +8,7 @@ from timing import HERE
 from staa import records
 
 PEERS = ("copy", "SpikingJelly", "snnTorch", "norse", "LIF, reference", "LIF, no compiler", "LIF", "STAA, reference",
-         "STAA")
+         "STAA", "FSTA's LIF, reference", "FSTA's LIF", "STAtten's LIF, reference", "STAtten's LIF")
 TEXT = """# How fast it is
 
 `make bench` measures everything on this page and writes it anew. Every ratio comes from one run in which the cases
@@ -44,7 +44,8 @@ def speed(found) -> str:
     return (f"## Neurons and networks\n\n{described(found)}, {found['rounds']} rounds.\n\n{goals}\n\n"
             "One neuron, forward and backward, (T, B, C, H, W), float32 where no type is said:\n\n"
             f"{table(['current', 'neuron', 'median, ms', 'quartiles'], times)}\n\n"
-            f"ResNet-20, T 4, batch {BATCH[kind(found)]}, training step unless it says inference:\n\n"
+            f"ResNet-20, and STAtten's transformer, T 4, batch {BATCH[kind(found)]}, training step unless it says "
+            "inference:\n\n"
             f"{table(['neurons', 'median, ms', 'quartiles', 'MiB kept'], steps)}\n")
 
 

@@ -14,7 +14,9 @@ from torch import nn
 import staa
 from staa import fused
 from staa.attention import STAALIF
+from staa.fsta import FSTALIF
 from staa.neuron import LIF, over_time
+from staa.statten import STAttenLIF
 from staa.surrogate import rectangle
 
 #: Currents (T, B, C, H, W); on a GPU larger ones, or their time is that of the Python around them.
@@ -132,13 +134,17 @@ def neurons(shape, dtype, device, rounds) -> dict:
     plain, with_attention = both_ways(lif, x, gradient), both_ways(attention, x, gradient)
     cases |= {"LIF": plain, "LIF, no compiler": inside(NoCompiler, plain), "LIF, reference": inside(Reference, plain),
               "STAA": with_attention, "STAA, reference": inside(Reference, with_attention)}
+    for name, sibling in {"FSTA's LIF": FSTALIF(shape[2], shape[0], temporal=False, spatial=False, slope=3.0),
+                          "STAtten's LIF": STAttenLIF()}.items():
+        work = both_ways(sibling, x, gradient)
+        cases |= {name: work, f"{name}, reference": inside(Reference, work)}
     return {name: summary(t) for name, t in interleaved(cases, device, rounds).items()}
 
 
-def network(neuron, device, T=4, width=1.0, **settings):
+def network(neuron, device, T=4, width=1.0, name="resnet20", **settings):
     if neuron is SpikingJelly:
         settings = {"device": device}
-    net = staa.build("resnet20", neuron, T=T, width=width, **settings)
+    net = staa.build(name, neuron, T=T, width=width, **settings)
     return net.to(device, memory_format=torch.channels_last)
 
 
@@ -189,12 +195,15 @@ def kept(net, x) -> float:
 
 
 def networks(device, rounds) -> tuple[dict, dict]:
-    """A training step of ResNet-20, T 4, in milliseconds, and the MiB that it keeps for the backward pass."""
+    """A training step of ResNet-20, T 4, or of STAtten's transformer, in milliseconds, and the MiB that it keeps for
+    the backward pass."""
     x, labels = batch(BATCH[device.type], device)
     nets = {"ReLU": network(ReLU, device), "SpikingJelly": network(SpikingJelly, device),
-            "LIF": network("lif", device), "STAA": network("staa", device, beta=0.0)}
+            "LIF": network("lif", device), "STAA": network("staa", device, beta=0.0), "FSTA": network("fsta", device),
+            "STAtten-2-256": network("statten", device, name="statten-2-256")}
+    own = ("LIF", "STAA", "FSTA", "STAtten-2-256")
     cases = {name: training_step(net, x, labels) for name, net in nets.items()}
-    cases |= {f"{name}, reference": inside(Reference, training_step(nets[name], x, labels)) for name in ("LIF", "STAA")}
+    cases |= {f"{name}, reference": inside(Reference, training_step(nets[name], x, labels)) for name in own}
     cases |= {f"{name}, inference": inference(net, x) for name, net in nets.items()}
     if device.type == "cuda":  # with CUDA graphs, for launches; two CPU cores compile for minutes and gain nothing
         whole = {f"{name}, whole network compiled": training_step(torch.compile(nets[name], mode="reduce-overhead"), x,
@@ -202,7 +211,7 @@ def networks(device, rounds) -> tuple[dict, dict]:
         cases |= {name: case for name, case in whole.items() if works(name, case)}
     memory = {name: kept(net, x) for name, net in nets.items()}
     with Reference():
-        memory |= {f"{name}, reference": kept(nets[name], x) for name in ("LIF", "STAA")}
+        memory |= {f"{name}, reference": kept(nets[name], x) for name in own}
     return ({name: summary(t) for name, t in interleaved(cases, device, rounds).items()},
             {name: round(mib) for name, mib in memory.items()})
 
@@ -230,6 +239,9 @@ def rows(found: dict) -> list[tuple[str, float, str, bool]]:
         (f"{step}: SpikingJelly over ReLU", ratio("network", "SpikingJelly", "ReLU"), "", ""),
         (f"{step}: STAA over LIF", ratio("network", "STAA", "LIF"), "<= 1.2", "<= 1.5"),
         (f"{step}: STAA's equations as they stand over ours", ratio("network", "STAA, reference", "STAA"), "", ">= 3"),
+        (f"{step}: FSTA over LIF", ratio("network", "FSTA", "LIF"), "", ""),
+        ("STAtten-2-256, training step: its equations as they stand over ours",
+         ratio("network", "STAtten-2-256, reference", "STAtten-2-256"), "", ""),
         (f"{step} with STAA: images a second", 1e3 * BATCH[device] / found["network"]["STAA"]["median"],
          "", ">= 20000"),
         ("ResNet-20 with STAA: MiB kept for the backward pass", kept["STAA"], "<= 700", ""),

@@ -34,7 +34,7 @@ def example(name, **given):
 
 
 def test_the_page_is_one_page_and_every_example_is_tested():
-    assert set(EXAMPLES) == {"neuron", "network", "dataset", "item", "notebook"} and len(PAGE.splitlines()) < 150
+    assert set(EXAMPLES) == {"neuron", "surrogate", "network", "dataset", "item", "notebook"} and len(PAGE.splitlines()) < 150
     assert PAGE.count("```python") == len(EXAMPLES)
 
 
@@ -49,6 +49,12 @@ def test_the_neuron_learns_its_decay_in_one_epoch_on_digits(capsys):
 
     neuron, x = made["LearnedLIF"](3, 4, decay=0.7), torch.randn(4, 2, 3, 5, 5)  # before training: a LIF with that decay
     assert torch.equal(neuron(x), staa.LIF(decay=neuron.logit.sigmoid().item())(x))
+
+
+def test_the_surrogate_is_the_arctangents_and_takes_the_fast_path():
+    made = example("surrogate")
+    torch.testing.assert_close(made["x"].grad.flatten(), torch.tensor([1, 1 / (1 + (torch.pi / 2) ** 2)]))
+    assert made["Arctangent"](decay=0.0)(made["x"]).grad_fn.name() == "_LIFBackward"
 
 
 def test_the_network_is_built_by_name_and_gradients_reach_its_first_layer():
