@@ -113,10 +113,11 @@ class _Mixed(torch.autograd.Function):
         space, compiled, numbers, surrogate = axis_of_space(x), compiles(x), ctx.numbers, ctx.surrogate
         y, ds = as_it_lies(x, space), as_it_lies(ds, space)
         dx, hm = empty_beside(y, ds), torch.empty_like(y, dtype=w.dtype)
-        big = list(zip(*(n.unbind() for n in (hm, y, *(n.unsqueeze(space) for n in (p, q, w))))))
         hm[0] = numbers[1]                                                        # Hm[t-1] at t
-        for before, after in zip(big, hm[1:].unbind()):
-            _membrane(compiled, *before, after, surrogate, numbers)
+        steps = [n.unbind() for n in (y, *(n.unsqueeze(space) for n in (p, q, w)))]
+        if len(y) > 1:
+            _membranes(compiled, *(n[:-1] for n in steps), hm[1:].unbind(), surrogate, numbers)
+        big = list(zip(hm.unbind(), *steps))
         dhm, dmean = torch.zeros_like(hm[0]), torch.zeros_like(p[0])
         dw, da, dz, dh = (torch.zeros_like(n) for n in (w, w, z, h))
         dp_da = p * q / ctx.alpha                                                 # a: W_2's output
@@ -165,11 +166,12 @@ def one_pass(in_place: Callable, **options) -> Callable:
     def decorated(function: Callable) -> Callable:
         fast = lazy_compile(function, **options)
 
-        def either(compiled: bool, hm: Tensor, *args):
-            *tensors, numbers = args
+        def either(compiled: bool, *args):
+            *tensors, surrogate, numbers = args
             if compiled:
-                return fast(hm, *tensors, constants(numbers, hm.dtype, hm.device))
-            return in_place(hm, *tensors, *numbers)
+                some = tensors[0] if isinstance(tensors[0], Tensor) else tensors[1][0]
+                return fast(*tensors, surrogate, constants(numbers, some.dtype, some.device))
+            return in_place(*tensors, surrogate, *numbers)
         return either
     return decorated
 
@@ -184,9 +186,11 @@ def _step_in_place(hm, x, p, q, w, s, surrogate, v_th, v_reset, *_):
     reset(hm, u, surrogate, v_th, v_reset)
 
 
-def _membrane_in_place(hm, x, p, q, w, out, surrogate, v_th, v_reset, *_):
-    u = potential(hm, x, p, q, w)
-    reset(out, u, surrogate, v_th, v_reset)
+def _membranes_in_place(x, p, q, w, out, surrogate, v_th, v_reset, *_):
+    hm = torch.full_like(out[0], v_reset)
+    for x_t, p_t, q_t, w_t, out_t in zip(x, p, q, w, out):
+        reset(out_t, potential(hm, x_t, p_t, q_t, w_t), surrogate, v_th, v_reset)
+        hm = out_t
 
 
 def _step_backward_in_place(dhm, ds, dmean, hm, x, p, q, w, dx, space, *rule):
@@ -210,12 +214,15 @@ def _step(hm, x, p, q, w, s, surrogate, numbers):
     hm.copy_(torch.where(fired, v_reset, u))
 
 
-@one_pass(_membrane_in_place)
-def _membrane(hm, x, p, q, w, out, surrogate, numbers):
+@one_pass(_membranes_in_place)
+def _membranes(x, p, q, w, out, surrogate, numbers):  # lists of steps
     """Hm[t] into out."""
     v_th, v_reset, *_ = numbers.unbind()
-    u = p * hm + q * x + w
-    out.copy_(torch.where(surrogate.fires(u - v_th), v_reset, u))
+    hm = v_reset
+    for x_t, p_t, q_t, w_t, out_t in zip(x, p, q, w, out):
+        u = p_t * hm + q_t * x_t + w_t
+        hm = torch.where(surrogate.fires(u - v_th), v_reset, u)
+        out_t.copy_(hm)
 
 
 @one_pass(_step_backward_in_place)
