@@ -28,7 +28,8 @@ class LIF(nn.Module):
     decay, gain: the fixed weights of the membrane potential and of the input (the authors' 0.25 and 1).
     v_th, v_reset: threshold and reset potential, in the unit of the current; the paper's threshold is 1.
     a: width of the surrogate's rectangle, eq. 5.
-    Raises ValueError on decay outside [0, 1], a <= 0, v_th <= v_reset, and a number beyond 1e30.
+    Raises ValueError on decay outside [0, 1], a <= 0, v_th <= v_reset, and a number beyond 1e30; TypeError on a
+    surrogate that is no `Surrogate`.
 
     A subclass may bring another `surrogate`, with its settings at the end of `numbers()`, and stays fast; one that
     writes `charge` or `fire` anew is computed as written.
@@ -46,6 +47,8 @@ class LIF(nn.Module):
             raise ValueError(f"a, the width of the surrogate gradient, must be above 0, got {a}")
         if not v_th > v_reset:
             raise ValueError(f"v_th must be above v_reset, got v_th={v_th} and v_reset={v_reset}")
+        if not isinstance(self.surrogate, Surrogate):
+            raise TypeError(f"surrogate must be a staa.Surrogate(gradient), got {type(self.surrogate).__name__}")
         self.decay, self.gain, self.v_th, self.v_reset, self.a = decay, gain, v_th, v_reset, a
 
     @classmethod

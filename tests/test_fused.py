@@ -157,6 +157,14 @@ def test_somebodys_own_surrogate_is_as_fast(way, through_reset, monkeypatch):
     assert called == ["lif"]
 
 
+def test_a_function_alone_is_no_surrogate():
+    class Forgotten(LIF):
+        surrogate = arctangent
+
+    with pytest.raises(TypeError, match=r"surrogate must be a staa.Surrogate\(gradient\), got method"):
+        Forgotten()
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_only_above_its_threshold_fstas_neuron_fires(way):
     """U = 1/2, which is its threshold; and there its surrogate's peak, 1 / (2 tanh(1/2))."""
