@@ -2,9 +2,10 @@
 BIN := .venv/bin
 READY := .venv/.ready
 NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/*.ipynb)))
+CORE := neuron attention fused torch_tools networks by_hand memory resident synchronisation train
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all list test bench docs site lock refresh clean $(NOTEBOOKS)
+.PHONY: help setup all list test oldest bench docs site lock refresh clean $(NOTEBOOKS)
 
 help:            ## list the targets
 	@echo "make NAME executes notebooks/NAME.ipynb on the embedded data: $(NOTEBOOKS)"
@@ -37,6 +38,12 @@ test: $(READY)   ## the test suite, and nbval over every notebook
 	dir=$$(mktemp -d) && export STAA_RUNS=$$dir/runs STAA_FIGURES=$$dir/figures OMP_NUM_THREADS=1 && $(BIN)/python -m staa.page train && \
 		$(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout=1200 notebooks; status=$$?; rm -rf $$dir; exit $$status
 
+oldest: $(READY) ## the core's tests with the oldest torch, torchvision and NumPy that pyproject.toml admits
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-oldest
+	VIRTUAL_ENV=.venv-oldest $(BIN)/uv pip install --quiet --no-config --resolution lowest-direct -r pyproject.toml
+	VIRTUAL_ENV=.venv-oldest $(BIN)/uv pip install --quiet --no-config pytest hypothesis scipy safetensors scikit-learn tonic
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(foreach part,$(CORE),tests/test_$(part).py)
+
 bench: $(READY)  ## the benchmarks: about ten minutes; writes benchmarks/README.md
 	cd benchmarks && for part in speed scaling loader events report; do ../$(BIN)/python $$part.py || exit 1; done
 
@@ -54,4 +61,4 @@ refresh: $(READY) ## execute every notebook in place: the outputs that are commi
 	$(BIN)/jupyter nbconvert --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 clean:           ## remove .venv (runs/ and figures/ stay)
-	rm -rf .venv
+	rm -rf .venv .venv-oldest
