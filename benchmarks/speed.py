@@ -2,7 +2,8 @@
 
 Each LIF neuron is the same one: decay 0.25, threshold 1, hard reset to 0; that it gives the same spikes is checked
 before anything is timed. Surrogates are rectangular, but for norse, which has none, and for SpikingJelly on a GPU,
-whose kernels know the triangular one. The current is channels-last, as inside a network.
+whose kernels know the triangular one. The siblings' neurons, which are others, stand beside their own equations. The
+current is channels-last, as inside a network.
 """
 
 import argparse

@@ -114,10 +114,10 @@ class _Mixed(torch.autograd.Function):
         y, ds = as_it_lies(x, space), as_it_lies(ds, space)
         dx, hm = empty_beside(y, ds), torch.empty_like(y, dtype=w.dtype)
         hm[0] = numbers[1]                                                        # Hm[t-1] at t
-        steps = [n.unbind() for n in (y, *(n.unsqueeze(space) for n in (p, q, w)))]
-        if len(y) > 1:
-            _membranes(compiled, *(n[:-1] for n in steps), hm[1:].unbind(), surrogate, numbers)
-        big = list(zip(hm.unbind(), *steps))
+        steps = [n.unbind() for n in (hm, y, *(n.unsqueeze(space) for n in (p, q, w)))]
+        if len(hm) > 1:
+            _membranes(compiled, *steps, surrogate, numbers)
+        big = list(zip(*steps))
         dhm, dmean = torch.zeros_like(hm[0]), torch.zeros_like(p[0])
         dw, da, dz, dh = (torch.zeros_like(n) for n in (w, w, z, h))
         dp_da = p * q / ctx.alpha                                                 # a: W_2's output
@@ -166,12 +166,12 @@ def one_pass(in_place: Callable, **options) -> Callable:
     def decorated(function: Callable) -> Callable:
         fast = lazy_compile(function, **options)
 
-        def either(compiled: bool, *args):
-            *tensors, surrogate, numbers = args
+        def either(compiled: bool, hm: Tensor | Sequence[Tensor], *args):
+            *others, numbers = args
             if compiled:
-                some = tensors[0] if isinstance(tensors[0], Tensor) else tensors[1][0]
-                return fast(*tensors, surrogate, constants(numbers, some.dtype, some.device))
-            return in_place(*tensors, surrogate, *numbers)
+                one = hm if isinstance(hm, Tensor) else hm[0]
+                return fast(hm, *others, constants(numbers, one.dtype, one.device))
+            return in_place(hm, *others, *numbers)
         return either
     return decorated
 
@@ -186,11 +186,9 @@ def _step_in_place(hm, x, p, q, w, s, surrogate, v_th, v_reset, *_):
     reset(hm, u, surrogate, v_th, v_reset)
 
 
-def _membranes_in_place(x, p, q, w, out, surrogate, v_th, v_reset, *_):
-    hm = torch.full_like(out[0], v_reset)
-    for x_t, p_t, q_t, w_t, out_t in zip(x, p, q, w, out):
-        reset(out_t, potential(hm, x_t, p_t, q_t, w_t), surrogate, v_th, v_reset)
-        hm = out_t
+def _membranes_in_place(hm, x, p, q, w, surrogate, v_th, v_reset, *_):
+    for *step, after in zip(hm, x, p, q, w, hm[1:]):
+        reset(after, potential(*step), surrogate, v_th, v_reset)
 
 
 def _step_backward_in_place(dhm, ds, dmean, hm, x, p, q, w, dx, space, *rule):
@@ -215,14 +213,14 @@ def _step(hm, x, p, q, w, s, surrogate, numbers):
 
 
 @one_pass(_membranes_in_place)
-def _membranes(x, p, q, w, out, surrogate, numbers):  # lists of steps
-    """Hm[t] into out."""
+def _membranes(hm, x, p, q, w, surrogate, numbers):  # lists of steps
+    """Hm[t-1] at t into hm, but for the first, which is there."""
     v_th, v_reset, *_ = numbers.unbind()
-    hm = v_reset
-    for x_t, p_t, q_t, w_t, out_t in zip(x, p, q, w, out):
-        u = p_t * hm + q_t * x_t + w_t
-        hm = torch.where(surrogate.fires(u - v_th), v_reset, u)
-        out_t.copy_(hm)
+    before = v_reset
+    for x_t, p_t, q_t, w_t, after in zip(x, p, q, w, hm[1:]):
+        u = p_t * before + q_t * x_t + w_t
+        before = torch.where(surrogate.fires(u - v_th), v_reset, u)
+        after.copy_(before)
 
 
 @one_pass(_step_backward_in_place)

@@ -22,8 +22,9 @@ def above_the_threshold(v: Tensor) -> Tensor:
 
 
 class Surrogate(NamedTuple):
-    """gradient(v, *settings): dS/dU, of v's shape, in operations that torch.compile knows. fires(v): where there is a
-    spike. through_reset: whether the gradient of a spike reaches Hm, which it resets (eq. 3)."""
+    """gradient(v, *settings): dS/dU, element by element for v of any shape, in operations that torch.compile knows.
+    fires(v): where there is a spike. through_reset: whether a spike's gradient reaches Hm, which it resets (eq. 3).
+    """
 
     gradient: Callable[..., Tensor]
     fires: Callable[[Tensor], Tensor] = at_the_threshold

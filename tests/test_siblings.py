@@ -108,14 +108,15 @@ def test_each_branch_is_a_switch(temporal, spatial):
 
 
 def test_the_surrogate_is_the_scaled_tanhs_derivative():
-    for slope in (1.0, 3.0):
-        u = torch.linspace(-0.5, 1.5, 81, dtype=torch.float64)[1::2].requires_grad_()  # away from the corners 0 and 1
-        soft = (torch.tanh(slope * (u.clamp(0, 1) - 0.5)) + math.tanh(slope / 2)) / (2 * math.tanh(slope / 2))
+    for slope, v_th in ((1.0, 1.0), (3.0, 1.0), (3.0, 0.6)):
+        u = torch.linspace(-0.5, 1.5, 81, dtype=torch.float64)[1::2]  # away from the corners 0 and v_th
+        u = (v_th * u).requires_grad_()
+        soft = (torch.tanh(slope * ((u / v_th).clamp(0, 1) - 0.5)) + math.tanh(slope / 2)) / (2 * math.tanh(slope / 2))
         (expected,) = torch.autograd.grad(soft.sum(), u)
-        s, _ = FSTALIF(1, T=1, temporal=False, spatial=False, slope=slope).fire(u)
+        s, _ = FSTALIF(1, T=1, temporal=False, spatial=False, slope=slope, v_th=v_th).fire(u)
         (grad,) = torch.autograd.grad(s.sum(), u)
         torch.testing.assert_close(grad, expected)
-        assert torch.equal(s.bool(), u > 0.5)
+        assert torch.equal(s.bool(), u > v_th / 2)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 2), (5, 4)])
