@@ -253,34 +253,15 @@ class STAALIF(LIF):
 
     def _fused(self, x: Tensor, dropped: list[bool]) -> Tensor:
         """The same in few passes over memory: see `fused_staa`."""
-        zero = x.new_zeros(self.T, self.channels, dtype=fused.membrane_type(x))
-        pe_input, pe_membrane, pe_output = ((zero if pe is None else pe.weight.to(zero.dtype))[:, None]  # (T, 1, C)
-                                            for pe in (self.pe_input, self.pe_membrane, self.pe_output))
-        key, bias = zero[0], zero[0, :1]
-        if self.gc is not None:
-            key, bias = self.gc.key.weight.flatten().to(zero.dtype), self.gc.key.bias.to(zero.dtype)
-        x, context, mean = fused_staa.pooled(x, key, bias)
-        added = pe_input.expand_as(mean)  # X~ - X, (T, B, C)
-        if self.gc is not None:           # PE is the same everywhere, so it cancels in the softmax of eq. 7
-            q = self.gc.norm(self.gc.query.per_channel(context + pe_input)).relu()
-            added = added + self.gc.value.per_channel(q)
-        gate: list[Tensor] = []
-        if self.sa is not None:
-            alpha, step, rest = self.sa.alpha, None, 0.0
-            gate = [n.to(zero.dtype) for layer in (self.sa.squeeze, self.sa.excite)
-                    for n in (layer.weight.flatten(1), layer.bias)]
-        else:
-            alpha, step, rest = self.decay + self.gain, (self.decay, self.gain), self.v_reset * (1 - self.decay)
-        # p (Hm + PE) + (alpha - p) X~ = p Hm + (alpha - p) X + alpha added + p (PE - added)
-        w, slope = alpha * added + pe_output + rest, pe_membrane - added
+        kind, kept = fused.membrane_type(x), None
+        parameters = {f"{block}.{name}": p.to(kind).view(p.shape[:2]) for block, child in self.named_children()
+                      for name, p in (*child.named_parameters(), *child.named_buffers())}
         if any(dropped):
-            kept = torch.ones_like(w[:, :1, :1])
+            kept = torch.ones(self.T, dtype=torch.bool, device=x.device)
             for t, drop in enumerate(dropped):
                 kept[t].fill_(not drop)  # a mask from the host would make it wait for a GPU
-            w, slope = kept * w, kept * slope
-        fixed = [(1.0, 1.0) if drop else step for drop in dropped]
-        return fused_staa.mixed(x, mean + added + pe_membrane, w, slope, gate, alpha, fixed, self.numbers()[2:],
-                                self.surrogate)
+        alpha = 0.0 if self.sa is None else self.sa.alpha
+        return fused_staa.staa(x, parameters, kept, (alpha, *self.numbers()), self.surrogate)
 
     def is_plain(self) -> bool:
         """As in LIF; and no block is another's, or has anybody who listens: `fused` does not call them as modules."""

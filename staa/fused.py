@@ -22,7 +22,7 @@ from .settings import reason
 
 enabled = os.environ.get("STAA_FUSED", "1").lower() not in ("0", "false", "off", "no")
 
-#: Elements from which a current is worth the seconds that compiling takes, once per process.
+#: Elements, of 64 channels, from which a current is worth the seconds that compiling takes, once per process.
 WORTH_COMPILING = 2 ** 21
 
 
@@ -35,9 +35,14 @@ def usable(x: Tensor, *numbers) -> bool:
                      or torch._C._are_functorch_transforms_active()))
 
 
-def compiles(x: Tensor) -> bool:
-    """Whether x is large enough to compile for, and there is a compiler for its device."""
-    return x.numel() >= WORTH_COMPILING and compiler(x.device.type)
+def is_large(x: Tensor, channels: int = 64) -> bool:
+    """Whether x is worth compiling for. With the channels grow the convolutions beside it, and so a whole training."""
+    return x.numel() * channels >= WORTH_COMPILING * 64
+
+
+def compiles(x: Tensor, channels: int = 64) -> bool:
+    """Whether x is worth compiling for, and there is a compiler for its device."""
+    return is_large(x, channels) and compiler(x.device.type)
 
 
 @functools.cache
@@ -49,6 +54,7 @@ def compiler(device: str) -> bool:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, 64)  # each T is compiled for once more
+        torch.fx.experimental._config.use_duck_shape = False  # sizes that happen to agree would be taken for one
         return True
     except Exception as error:
         warnings.warn(f"torch.compile does not work here ({reason(error)}): the neurons run without it, more slowly.")

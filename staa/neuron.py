@@ -65,10 +65,7 @@ class LIF(nn.Module):
 
     def fire(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """S[t] and Hm[t] from U[t], eqs. 2 and 3."""
-        _, _, v_th, _, *settings = self.numbers()
-        s = self.surrogate(u - v_th, *settings)
-        gate = s if self.surrogate.through_reset else s.detach()
-        return s, u * (1 - gate) + self.v_reset * gate
+        return self.surrogate.fire(u, *self.numbers()[2:])
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_plain() and fused.usable(x, *self.numbers()):

@@ -34,6 +34,12 @@ class Surrogate(NamedTuple):
         """Spikes, 0 or 1, of the type and shape of v."""
         return _Spike.apply(v, self, settings)
 
+    def fire(self, u: Tensor, v_th, v_reset, *settings) -> tuple[Tensor, Tensor]:
+        """S and Hm from U, eqs. 2 and 3."""
+        s = self(u - v_th, *settings)
+        gate = s if self.through_reset else s.detach()
+        return s, u * (1 - gate) + v_reset * gate
+
 
 class _Spike(torch.autograd.Function):
     generate_vmap_rule = True  # for torch.func, as is `setup_context`
