@@ -221,8 +221,9 @@ class STAALIF(LIF):
         if all(drop is False for drop in dropped) and next(self.children(), None) is None:
             return super().forward(x)
         with without_autocast(x.device.type):  # there is no matrix product that would gain by bf16
-            if self.is_plain() and fused.usable(x, *self.numbers()):
-                return self._fused(x, dropped)
+            alpha = 0.0 if self.sa is None else self.sa.alpha
+            if self.is_plain() and fused.usable(x, alpha, *self.numbers()):
+                return self._fused(x, dropped, alpha)
             return self._reference(x.to(fused.membrane_type(x)), dropped).to(x.dtype)
 
     def draw(self, device: torch.device) -> list:
@@ -251,16 +252,15 @@ class STAALIF(LIF):
             spikes.append(s)
         return over_time(spikes)
 
-    def _fused(self, x: Tensor, dropped: list[bool]) -> Tensor:
+    def _fused(self, x: Tensor, dropped: list[bool], alpha: float) -> Tensor:
         """The same in few passes over memory: see `fused_staa`."""
         kind, kept = fused.membrane_type(x), None
         parameters = {f"{block}.{name}": p.to(kind).view(p.shape[:2]) for block, child in self.named_children()
                       for name, p in (*child.named_parameters(), *child.named_buffers())}
         if any(dropped):
             kept = torch.ones(self.T, dtype=torch.bool, device=x.device)
-            for t, drop in enumerate(dropped):
-                kept[t].fill_(not drop)  # a mask from the host would make it wait for a GPU
-        alpha = 0.0 if self.sa is None else self.sa.alpha
+            for t in (t for t, drop in enumerate(dropped) if drop):
+                kept[t].fill_(False)  # a mask from the host would make it wait for a GPU
         return fused_staa.staa(x, parameters, kept, (alpha, *self.numbers()), self.surrogate)
 
     def is_plain(self) -> bool:

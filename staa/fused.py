@@ -1,9 +1,9 @@
 """When and how a neuron takes the fast path. What neurons compute stands in `neuron.py` and `attention.py`;
 `fused_lif.py` and `fused_staa.py` only compute it faster, and are tested against them.
 
-A neuron is limited by memory traffic: nothing is kept for the backward pass but the current, and the membrane potential
-is computed anew. There are two ways: the equations compiled (Inductor, Triton), one pass for all time steps; and, where
-there is no compiler or a current is too small to compile for, operators in place on slices that stay in the cache.
+A neuron is limited by memory traffic: of a large current nothing is kept for the backward pass but the current itself,
+and the membrane potential is computed anew. There are two ways: the equations compiled (Inductor, Triton); and, where
+there is no compiler or a current is too small to compile for, operators in place.
 
 `staa.fused.enabled = False`, or STAA_FUSED=0 in the environment, switches both off. Membrane potentials are float32 for
 currents of lower precision, and of the current's type otherwise.
@@ -69,7 +69,7 @@ def lazy_compile(function: Callable, **options) -> Callable:
         return torch.compile(function, dynamic=True, options=options)
 
     def bare(x):  # a view would be compiled for anew with each other base
-        many = isinstance(x, Sequence) and isinstance(x[0], Tensor)
+        many = isinstance(x, Sequence) and all(isinstance(n, Tensor) for n in x)
         return x.detach() if isinstance(x, Tensor) else [n.detach() for n in x] if many else x
 
     return functools.wraps(function)(lambda *args: fast()(*map(bare, args)))

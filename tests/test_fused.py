@@ -194,7 +194,7 @@ def test_staa(shape, blocks, numbers, channels_last):
 
 @pytest.mark.parametrize("channels_last, blocks", [
     (True, {}), (True, dict(gc=False, pe_place="both", beta=0.5)), (False, dict(pe_place="output")),
-    (False, dict(sa=False, v_reset=-0.3))])
+    (False, dict(sa=False, v_reset=-0.3)), (False, dict(gc=False, pe=False, sa=False, beta=0.5))])
 def test_staa_compiled(channels_last, blocks):
     fused.WORTH_COMPILING = WAYS["compiled"]
     for shape in ((3, 2, 5, 4, 3), (3, 4, 3, 6, 5)):
@@ -377,6 +377,11 @@ def test_a_changed_equation_takes_the_reference():
     learned.decay = torch.nn.Parameter(torch.tensor(0.25))
     learned(torch.full((2, 1), 0.9)).sum().backward()
     assert learned.decay.grad is not None
+
+    learned = STAALIF(4, 2)
+    learned.sa.alpha = torch.nn.Parameter(torch.tensor(2.0))
+    learned(torch.randn(2, 1, 4, 3, 3)).sum().backward()
+    assert learned.sa.alpha.grad is not None
 
     neuron, calls = STAALIF(4, 2), []
     neuron.sa.register_forward_hook(lambda *_: calls.append("forward"))
