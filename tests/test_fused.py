@@ -448,6 +448,15 @@ def test_the_switch(monkeypatch):
     assert called == ["lif", "staa"]
 
 
+def test_with_more_channels_less_is_worth_compiling(monkeypatch):
+    called = []
+    monkeypatch.setattr(fused_staa._Compiled, "apply", lambda x, *_: called.append(x.shape) or x)
+    fused.WORTH_COMPILING = 4 * 4 * 16 * 8 * 8
+    STAALIF(16, 4)(current((4, 2, 16, 8, 8)))
+    STAALIF(8, 4)(current((4, 2, 8, 8, 8)))
+    assert len(called) == 1 and fused.is_large(torch.empty(fused.WORTH_COMPILING))
+
+
 def test_without_a_compiler(monkeypatch):
     """Where compiling fails there is one warning, and the same spikes."""
     def broken(*_, **__):
