@@ -22,7 +22,7 @@ from .settings import reason
 
 enabled = os.environ.get("STAA_FUSED", "1").lower() not in ("0", "false", "off", "no")
 
-#: Elements, of 8 channels, from which a current is worth the seconds that compiling takes, once per process.
+#: Elements, of at most 64 channels, from which a current is worth the seconds that compiling takes, once per process.
 WORTH_COMPILING = 2 ** 21
 
 
@@ -35,12 +35,12 @@ def usable(x: Tensor, *numbers) -> bool:
                      or torch._C._are_functorch_transforms_active()))
 
 
-def is_large(x: Tensor, channels: int = 8) -> bool:
+def is_large(x: Tensor, channels: int = 64) -> bool:
     """Whether x is worth compiling for. With the channels grow the convolutions beside it, and so a whole training."""
-    return x.numel() * channels >= WORTH_COMPILING * 8
+    return x.numel() * max(channels, 64) >= WORTH_COMPILING * 64
 
 
-def compiles(x: Tensor, channels: int = 8) -> bool:
+def compiles(x: Tensor, channels: int = 64) -> bool:
     """Whether x is worth compiling for, and there is a compiler for its device."""
     return is_large(x, channels) and compiler(x.device.type)
 

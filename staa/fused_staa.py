@@ -69,7 +69,7 @@ def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, sur
     # p (Hm + PE) + (total - p) X~ = p Hm + (total - p) X + total added + p (PE - added)
     seen, w, slope = mean + added + pe_membrane, total * added + pe_output + rest, pe_membrane - added
     hm, hm_mean, spikes = torch.zeros_like(x[0]) + v_reset, v_reset, []
-    one_step = step if torch.compiler.is_compiling() else _Step.apply
+    one_step = step if isinstance(v_th, Tensor) else _Step.apply                  # as a tensor, to be compiled
     for t, (x_t, seen_t, w_t, slope_t) in enumerate(zip(x.unbind(), seen.unbind(), w.unbind(), slope.unbind())):
         p = zero[t] + decay
         if sa:                                                                    # (B, C), eq. 12

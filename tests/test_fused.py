@@ -451,10 +451,19 @@ def test_the_switch(monkeypatch):
 def test_with_more_channels_less_is_worth_compiling(monkeypatch):
     called = []
     monkeypatch.setattr(fused_staa._Compiled, "apply", lambda x, *_: called.append(x.shape) or x)
-    fused.WORTH_COMPILING = 4 * 4 * 16 * 8 * 8
-    STAALIF(16, 4)(current((4, 2, 16, 8, 8)))
-    STAALIF(8, 4)(current((4, 2, 8, 8, 8)))
-    assert len(called) == 1 and fused.is_large(torch.empty(fused.WORTH_COMPILING))
+    fused.WORTH_COMPILING = 2 * 4 * 128 * 2 * 2 * 2
+    STAALIF(128, 4)(current((4, 2, 128, 2, 2)))
+    STAALIF(64, 4)(current((4, 2, 64, 2, 4)))
+    STAALIF(8, 4)(current((4, 2, 8, 8, 16)))
+    assert called == [(4, 2, 128, 4), (4, 2, 8, 128)] and fused.is_large(torch.empty(fused.WORTH_COMPILING))
+
+
+@pytest.mark.parametrize("neuron", [LIF(), STAALIF(4, 3).double(), STAALIF(4, 3, sa=False, beta=0.5).double()])
+def test_what_torch_will_not_compile_is_computed_all_the_same(neuron):
+    """As under a dispatch mode, and beyond torch's limit of recompilations."""
+    fused.WORTH_COMPILING = WAYS["compiled"]
+    with torch.compiler.set_stance("force_eager"):
+        same(shaken(neuron), current((3, 2, 4, 5, 6), channels_last=True))
 
 
 def test_without_a_compiler(monkeypatch):
