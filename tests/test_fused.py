@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import staa
@@ -187,6 +187,7 @@ def test_a_wider_rectangle_is_lower(way):
 
 @few
 @given(sizes, staa_settings, lif_settings, st.booleans())
+@example((5, 3, 5, 4, 5), {"pe_place": "membrane", "beta": 0.0}, {}, True)
 def test_staa(shape, blocks, numbers, channels_last):
     fused.WORTH_COMPILING = WAYS["as it stands"]
     same(shaken(STAALIF(shape[2], shape[0], **useful(blocks | numbers)).double()), current(shape, channels_last=channels_last))
@@ -359,8 +360,8 @@ def test_compiled_once_for_all_shapes(neuron, most):
     for T, B, C, H, W in ((4, 2, 8, 6, 5), (4, 4, 16, 4, 4), (4, 5, 24, 9, 13), (4, 2, 12, 10, 3)):
         x = current((T, B, C, H, W), torch.float32, channels_last=True)
         layer = staa.networks.NEURONS[neuron](C, T)
-        for _ in range(2):
-            layer(x.clone().requires_grad_()).sum().backward()
+        layer(x.clone().requires_grad_()).sum().backward()
+        layer(x.clone().requires_grad_()).backward(x)  # in another layout than that of a sum
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= most
 
 
