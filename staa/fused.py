@@ -61,12 +61,11 @@ def compiler(device: str) -> bool:
         return False
 
 
-def lazy_compile(function: Callable, **options) -> Callable:
-    """`function` of tensors and lists of them, compiled at its first call: `torch.compile` takes seconds to import.
-    options: Inductor's."""
+def lazy_compile(function: Callable) -> Callable:
+    """`function` of tensors and lists of them, compiled at its first call: `torch.compile` takes seconds to import."""
     @functools.cache
     def fast() -> Callable:
-        return torch.compile(function, dynamic=True, options=options)
+        return torch.compile(function, dynamic=True)
 
     def bare(x):  # a view would be compiled for anew with each other base
         many = isinstance(x, Sequence) and all(isinstance(n, Tensor) for n in x)
