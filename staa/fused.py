@@ -109,17 +109,3 @@ def shaped(rows: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
         return rows.view(shape)
     T, B, C, H, W = shape
     return rows.view(T, B, H, W, C).permute(0, 1, 4, 2, 3)
-
-
-def empty_beside(*tensors: Tensor) -> Tensor:
-    """Room for a result, like the first tensor, at an address as far as can be from theirs modulo 4 KB: where two agree
-    there, a processor takes a load for one that needs the store before it, and waits (4K aliasing)."""
-    like, page = tensors[0], 4096
-    if like.device.type != "cpu" or like.numel() < WORTH_COMPILING:
-        return torch.empty_like(like)
-    room = like.new_empty(like.numel() + 2 * page // like.element_size())
-    taken = sorted(t.data_ptr() % page for t in tensors)
-    gap, before = max((b - a, a) for a, b in zip(taken, [*taken[1:], taken[0] + page]))
-    start = (before + gap // 2 - room.data_ptr()) % page // 64 * 64 or page  # 0 would be compiled for once more
-    start //= like.element_size()
-    return room[start:start + like.numel()].view(like.shape)

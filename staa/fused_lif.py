@@ -13,7 +13,6 @@ from torch import Tensor
 from .fused import (
     compiles,
     constants,
-    empty_beside,
     first_derivative,
     flat,
     is_channels_last,
@@ -32,13 +31,10 @@ class _LIF(torch.autograd.Function):
     def forward(ctx, x: Tensor, numbers: tuple, surrogate: Surrogate):
         last = is_channels_last(x)
         rows = flat(x, last)
-        s = empty_beside(rows)
         ctx.save_for_backward(rows)
         ctx.numbers, ctx.surrogate, ctx.shape, ctx.last, ctx.compiles = numbers, surrogate, x.shape, last, compiles(x)
-        if ctx.compiles:
-            _lif(rows.unbind(), s.unbind(), *as_compiled(numbers, x), surrogate)
-        else:
-            _lif_sliced(rows, s, surrogate, *numbers)
+        s = (_lif(rows, *as_compiled(numbers, x), surrogate) if ctx.compiles else
+             _lif_sliced(rows, surrogate, *numbers))
         return shaped(s, x.shape, last)
 
     @staticmethod
@@ -46,11 +42,8 @@ class _LIF(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         rows, = ctx.saved_tensors
         grad = flat(grad, ctx.last)
-        dx = empty_beside(rows, grad)
-        if ctx.compiles:
-            _lif_backward(rows.unbind(), grad.unbind(), dx.unbind(), *as_compiled(ctx.numbers, rows), ctx.surrogate)
-        else:
-            _lif_sliced_backward(rows, grad, dx, ctx.surrogate, *ctx.numbers)
+        dx = (_lif_backward(rows, grad, *as_compiled(ctx.numbers, rows), ctx.surrogate) if ctx.compiles else
+              _lif_sliced_backward(rows, grad, ctx.surrogate, *ctx.numbers))
         return shaped(dx, ctx.shape, ctx.last), None, None
 
 
@@ -60,41 +53,39 @@ def lif(x: Tensor, numbers: tuple, surrogate: Surrogate) -> Tensor:
 
 
 def as_compiled(numbers: tuple, x: Tensor) -> tuple[Tensor, bool]:
-    """The numbers as a tensor, and whether the gain, the reset and the surrogate's settings are the usual 1, 0 and 1:
-    as plain numbers these drop out when compiled."""
+    """The numbers as a tensor, and whether the gain, the reset and the surrogate's settings are the usual 1, 0 and 1,
+    which drop out when compiled."""
     _, gain, _, v_reset, *settings = numbers
     return constants(numbers, membrane_type(x), x.device), (gain, v_reset, {*settings}) == (1, 0, {1})
 
 
-def unpacked(constants: Tensor, usual: bool) -> list:
+def potentials(x: Tensor, constants: Tensor, usual: bool, surrogate: Surrogate) -> list[Tensor]:
+    """U[t] (N,) of all T rows of x (T, N): eqs. 1 to 3."""
+    decay, gain, v_th, v_reset, *_ = constants.unbind()
+    us: list[Tensor] = []
+    for x_t in x.to(constants.dtype).unbind():
+        hm = torch.where(surrogate.fires(us[-1] - v_th), 0.0 if usual else v_reset, us[-1]) if us else v_reset
+        us.append(decay * hm + x_t if usual else v_reset + decay * (hm - v_reset) + gain * x_t)
+    return us
+
+
+@lazy_compile
+def _lif(x: Tensor, constants: Tensor, usual: bool, surrogate: Surrogate) -> Tensor:
+    v_th = constants[2]
+    return torch.stack([surrogate.fires(u - v_th).to(x.dtype) for u in potentials(x, constants, usual, surrogate)])
+
+
+@lazy_compile
+def _lif_backward(x: Tensor, ds: Tensor, constants: Tensor, usual: bool, surrogate: Surrogate) -> Tensor:
     decay, gain, v_th, v_reset, *settings = constants.unbind()
-    return [decay, 1.0, v_th, 0.0, *[1.0] * len(settings)] if usual else [decay, gain, v_th, v_reset, *settings]
-
-
-@lazy_compile
-def _lif(x: list[Tensor], s: list[Tensor], constants: Tensor, usual: bool, surrogate: Surrogate):  # T rows (N,) each
-    decay, gain, v_th, v_reset, *_ = unpacked(constants, usual)
-    hm = v_reset
-    for x_t, s_t in zip(x, s):
-        u = v_reset + decay * (hm - v_reset) + gain * x_t.to(constants.dtype)
-        fired = surrogate.fires(u - v_th)
-        hm = torch.where(fired, v_reset, u)
-        s_t.copy_(fired)
-
-
-@lazy_compile
-def _lif_backward(x: list[Tensor], ds: list[Tensor], dx: list[Tensor], constants: Tensor, usual: bool,
-                  surrogate: Surrogate):
-    decay, gain, v_th, v_reset, *settings = unpacked(constants, usual)
-    hm, us = v_reset, []
-    for x_t in x:
-        us.append(v_reset + decay * (hm - v_reset) + gain * x_t.to(constants.dtype))
-        hm = torch.where(surrogate.fires(us[-1] - v_th), v_reset, us[-1])
-    dhm = None
-    for u, ds_t, dx_t in zip(reversed(us), reversed(ds), reversed(dx)):
-        du = fire_backward(u, ds_t.to(constants.dtype), dhm, surrogate, v_th, v_reset, *settings)
-        dx_t.copy_(gain * du)
+    if usual:
+        gain, v_reset, settings = 1.0, 0.0, [1.0] * len(settings)
+    dx, dhm = [], None
+    for u, ds_t in zip(reversed(potentials(x, constants, usual, surrogate)), reversed(ds.to(constants.dtype).unbind())):
+        du = fire_backward(u, ds_t, dhm, surrogate, v_th, v_reset, *settings)
+        dx.append((gain * du).to(x.dtype))
         dhm = decay * du
+    return torch.stack(dx[::-1])
 
 
 def fire_backward(u, ds, dhm, surrogate: Surrogate, v_th, v_reset, *settings) -> Tensor:
@@ -173,7 +164,7 @@ def slices(x: Tensor, buffers: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]
         yield part, memory[:, :part.stop - part.start].unbind()
 
 
-def _potentials(x: Sequence[Tensor], us: Sequence[Tensor], hm: Tensor, surrogate: Surrogate, decay, gain, v_th,
+def potentials_in_place(x: Sequence[Tensor], us: Sequence[Tensor], hm: Tensor, surrogate: Surrogate, decay, gain, v_th,
                 v_reset) -> Iterator[Tensor]:
     """U[t], step by step, with the rounding of `LIF.charge`; in us[t], or X itself where that is U. hm is room."""
     plain = gain == 1 and not v_reset and x[0].dtype == hm.dtype
@@ -199,17 +190,20 @@ def _potentials(x: Sequence[Tensor], us: Sequence[Tensor], hm: Tensor, surrogate
         before = u
 
 
-def _lif_sliced(x, s, surrogate, decay, gain, v_th, v_reset, *_):
+def _lif_sliced(x, surrogate, decay, gain, v_th, v_reset, *_):
+    s = torch.empty_like(x)
     for part, (hm, u) in slices(x, 2):
-        potentials = _potentials(x[:, part].unbind(), [u] * len(x), hm, surrogate, decay, gain, v_th, v_reset)
+        potentials = potentials_in_place(x[:, part].unbind(), [u] * len(x), hm, surrogate, decay, gain, v_th, v_reset)
         for u, s_t in zip(potentials, s[:, part].unbind()):
             fire(u, s_t, surrogate, v_th)
+    return s
 
 
-def _lif_sliced_backward(x, ds, dx, surrogate, decay, gain, v_th, v_reset, *settings):
+def _lif_sliced_backward(x, ds, surrogate, decay, gain, v_th, v_reset, *settings):
+    dx = torch.empty_like(x)
     in_dx = gain == 1 and dx.dtype == membrane_type(x)
     for part, (hm, through, du, *us) in slices(x, 3 + len(x)):
-        us = list(_potentials(x[:, part].unbind(), us, hm, surrogate, decay, gain, v_th, v_reset))
+        us = list(potentials_in_place(x[:, part].unbind(), us, hm, surrogate, decay, gain, v_th, v_reset))
         d = None  # dU[t+1]
         for u, ds_t, dx_t in zip(reversed(us), reversed(ds[:, part].unbind()), reversed(dx[:, part].unbind())):
             out = dx_t if in_dx else du
@@ -217,3 +211,4 @@ def _lif_sliced_backward(x, ds, dx, surrogate, decay, gain, v_th, v_reset, *sett
             if not in_dx:
                 torch.mul(du, gain, out=dx_t)
             d = out
+    return dx
