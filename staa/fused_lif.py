@@ -53,35 +53,39 @@ def lif(x: Tensor, numbers: tuple, surrogate: Surrogate) -> Tensor:
 
 
 def as_compiled(numbers: tuple, x: Tensor) -> tuple[Tensor, bool]:
-    """The numbers as a tensor, and whether the gain, the reset and the surrogate's settings are the usual 1, 0 and 1,
-    which drop out when compiled."""
+    """The numbers as a tensor, and whether the gain, the reset and the surrogate's settings are the usual 1, 0 and 1:
+    as plain numbers these drop out when compiled."""
     _, gain, _, v_reset, *settings = numbers
     return constants(numbers, membrane_type(x), x.device), (gain, v_reset, {*settings}) == (1, 0, {1})
 
 
-def potentials(x: Tensor, constants: Tensor, usual: bool, surrogate: Surrogate) -> list[Tensor]:
-    """U[t] (N,) of all T rows of x (T, N): eqs. 1 to 3."""
-    decay, gain, v_th, v_reset, *_ = constants.unbind()
-    us: list[Tensor] = []
-    for x_t in x.to(constants.dtype).unbind():
-        hm = torch.where(surrogate.fires(us[-1] - v_th), 0.0 if usual else v_reset, us[-1]) if us else v_reset
-        us.append(decay * hm + x_t if usual else v_reset + decay * (hm - v_reset) + gain * x_t)
+def unpacked(constants: Tensor, usual: bool) -> list:
+    decay, gain, v_th, v_reset, *settings = constants.unbind()
+    return [decay, 1.0, v_th, 0.0, *[1.0] * len(settings)] if usual else [decay, gain, v_th, v_reset, *settings]
+
+
+def potentials(x: Tensor, surrogate: Surrogate, decay, gain, v_th, v_reset) -> list[Tensor]:
+    """U[t] (N,) of all T rows of x (T, N), of the membrane's type: eqs. 1 to 3."""
+    us, hm = [], v_reset
+    for x_t in x.unbind():
+        us.append(v_reset + decay * (hm - v_reset) + gain * x_t)
+        hm = torch.where(surrogate.fires(us[-1] - v_th), v_reset, us[-1])
     return us
 
 
 @lazy_compile
 def _lif(x: Tensor, constants: Tensor, usual: bool, surrogate: Surrogate) -> Tensor:
-    v_th = constants[2]
-    return torch.stack([surrogate.fires(u - v_th).to(x.dtype) for u in potentials(x, constants, usual, surrogate)])
+    decay, gain, v_th, v_reset, *_ = unpacked(constants, usual)
+    us = potentials(x.to(constants.dtype), surrogate, decay, gain, v_th, v_reset)
+    return torch.stack([surrogate.fires(u - v_th).to(x.dtype) for u in us])
 
 
 @lazy_compile
 def _lif_backward(x: Tensor, ds: Tensor, constants: Tensor, usual: bool, surrogate: Surrogate) -> Tensor:
-    decay, gain, v_th, v_reset, *settings = constants.unbind()
-    if usual:
-        gain, v_reset, settings = 1.0, 0.0, [1.0] * len(settings)
+    decay, gain, v_th, v_reset, *settings = unpacked(constants, usual)
+    us = potentials(x.to(constants.dtype), surrogate, decay, gain, v_th, v_reset)
     dx, dhm = [], None
-    for u, ds_t in zip(reversed(potentials(x, constants, usual, surrogate)), reversed(ds.to(constants.dtype).unbind())):
+    for u, ds_t in zip(reversed(us), reversed(ds.to(constants.dtype).unbind())):
         du = fire_backward(u, ds_t, dhm, surrogate, v_th, v_reset, *settings)
         dx.append((gain * du).to(x.dtype))
         dhm = decay * du

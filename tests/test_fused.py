@@ -335,10 +335,10 @@ def test_compiled_in_one_graph():
         assert metrics.generated_kernel_count == 1, name
 
 
-@pytest.mark.parametrize("neuron, most", [("lif", 3), ("staa", 2)])
-def test_compiled_once_for_all_shapes(neuron, most):
-    """Forward and backward; LIF's once more, where memory lies otherwise. A process that compiled for each shape would
-    stop compiling at the eighth. Of the second shape, several sizes agree."""
+@pytest.mark.parametrize("neuron", ["lif", "staa"])
+def test_compiled_once_for_all_shapes(neuron):
+    """Forward and backward. A process that compiled for each shape would stop compiling at the eighth. Of the second
+    shape, several sizes agree."""
     fused.WORTH_COMPILING = 0
     fused.compiler("cpu")  # compiles something itself
     torch._dynamo.reset()
@@ -348,7 +348,7 @@ def test_compiled_once_for_all_shapes(neuron, most):
         layer = staa.networks.NEURONS[neuron](C, T)
         layer(x.clone().requires_grad_()).sum().backward()
         layer(x.clone().requires_grad_()).backward(x)  # in another layout than that of a sum
-    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= most
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 def test_a_changed_equation_takes_the_reference():
