@@ -33,8 +33,11 @@ class _LIF(torch.autograd.Function):
         rows = flat(x, last)
         ctx.save_for_backward(rows)
         ctx.numbers, ctx.surrogate, ctx.shape, ctx.last, ctx.compiles = numbers, surrogate, x.shape, last, compiles(x)
-        s = (_lif(rows, *as_compiled(numbers, x), surrogate) if ctx.compiles else
-             _lif_sliced(rows, surrogate, *numbers))
+        s = torch.empty_like(rows)
+        if ctx.compiles:
+            _lif(rows, s.unbind(), *as_compiled(numbers, x), surrogate)
+        else:
+            _lif_sliced(rows, s, surrogate, *numbers)
         return shaped(s, x.shape, last)
 
     @staticmethod
@@ -42,8 +45,11 @@ class _LIF(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         rows, = ctx.saved_tensors
         grad = flat(grad, ctx.last)
-        dx = (_lif_backward(rows, grad, *as_compiled(ctx.numbers, rows), ctx.surrogate) if ctx.compiles else
-              _lif_sliced_backward(rows, grad, ctx.surrogate, *ctx.numbers))
+        dx = torch.empty_like(rows)
+        if ctx.compiles:
+            _lif_backward(rows, grad, dx.unbind(), *as_compiled(ctx.numbers, rows), ctx.surrogate)
+        else:
+            _lif_sliced_backward(rows, grad, dx, ctx.surrogate, *ctx.numbers)
         return shaped(dx, ctx.shape, ctx.last), None, None
 
 
@@ -73,23 +79,25 @@ def potentials(x: Tensor, surrogate: Surrogate, decay, gain, v_th, v_reset) -> l
     return us
 
 
+# Results go into rows that are there: on a GPU, `torch.stack` would compute U anew for each row.
+
 @lazy_compile
-def _lif(x: Tensor, constants: Tensor, usual: bool, surrogate: Surrogate) -> Tensor:
+def _lif(x: Tensor, s: list[Tensor], constants: Tensor, usual: bool, surrogate: Surrogate) -> None:
     decay, gain, v_th, v_reset, *_ = unpacked(constants, usual)
-    us = potentials(x.to(constants.dtype), surrogate, decay, gain, v_th, v_reset)
-    return torch.stack([surrogate.fires(u - v_th).to(x.dtype) for u in us])
+    for u, s_t in zip(potentials(x.to(constants.dtype), surrogate, decay, gain, v_th, v_reset), s):
+        s_t.copy_(surrogate.fires(u - v_th))
 
 
 @lazy_compile
-def _lif_backward(x: Tensor, ds: Tensor, constants: Tensor, usual: bool, surrogate: Surrogate) -> Tensor:
+def _lif_backward(x: Tensor, ds: Tensor, dx: list[Tensor], constants: Tensor, usual: bool,
+                  surrogate: Surrogate) -> None:
     decay, gain, v_th, v_reset, *settings = unpacked(constants, usual)
     us = potentials(x.to(constants.dtype), surrogate, decay, gain, v_th, v_reset)
-    dx, dhm = [], None
-    for u, ds_t in zip(reversed(us), reversed(ds.to(constants.dtype).unbind())):
+    dhm = None
+    for u, ds_t, dx_t in zip(reversed(us), reversed(ds.to(constants.dtype).unbind()), reversed(dx)):
         du = fire_backward(u, ds_t, dhm, surrogate, v_th, v_reset, *settings)
-        dx.append((gain * du).to(x.dtype))
+        dx_t.copy_(gain * du)
         dhm = decay * du
-    return torch.stack(dx[::-1])
 
 
 def fire_backward(u, ds, dhm, surrogate: Surrogate, v_th, v_reset, *settings) -> Tensor:
@@ -169,7 +177,7 @@ def slices(x: Tensor, buffers: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]
 
 
 def potentials_in_place(x: Sequence[Tensor], us: Sequence[Tensor], hm: Tensor, surrogate: Surrogate, decay, gain, v_th,
-                v_reset) -> Iterator[Tensor]:
+                        v_reset) -> Iterator[Tensor]:
     """U[t], step by step, with the rounding of `LIF.charge`; in us[t], or X itself where that is U. hm is room."""
     plain = gain == 1 and not v_reset and x[0].dtype == hm.dtype
     exact = math.frexp(decay)[0] == 0.5  # a power of two: the product is not rounded, and one pass does for two
@@ -194,17 +202,14 @@ def potentials_in_place(x: Sequence[Tensor], us: Sequence[Tensor], hm: Tensor, s
         before = u
 
 
-def _lif_sliced(x, surrogate, decay, gain, v_th, v_reset, *_):
-    s = torch.empty_like(x)
+def _lif_sliced(x, s, surrogate, decay, gain, v_th, v_reset, *_):
     for part, (hm, u) in slices(x, 2):
         potentials = potentials_in_place(x[:, part].unbind(), [u] * len(x), hm, surrogate, decay, gain, v_th, v_reset)
         for u, s_t in zip(potentials, s[:, part].unbind()):
             fire(u, s_t, surrogate, v_th)
-    return s
 
 
-def _lif_sliced_backward(x, ds, surrogate, decay, gain, v_th, v_reset, *settings):
-    dx = torch.empty_like(x)
+def _lif_sliced_backward(x, ds, dx, surrogate, decay, gain, v_th, v_reset, *settings):
     in_dx = gain == 1 and dx.dtype == membrane_type(x)
     for part, (hm, through, du, *us) in slices(x, 3 + len(x)):
         us = list(potentials_in_place(x[:, part].unbind(), us, hm, surrogate, decay, gain, v_th, v_reset))
@@ -215,4 +220,3 @@ def _lif_sliced_backward(x, ds, surrogate, decay, gain, v_th, v_reset, *settings
             if not in_dx:
                 torch.mul(du, gain, out=dx_t)
             d = out
-    return dx

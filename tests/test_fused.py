@@ -320,12 +320,12 @@ def test_compiled_in_one_graph():
     """No graph break, and one kernel for all time steps of the plain neuron."""
     from torch._inductor import metrics
 
-    x = torch.randn(4, 64)
+    x, out = torch.randn(4, 64), torch.empty(4, 64).unbind()
     numbers = fused.constants((0.25, 1.0, 1.0, 0.0, 1.0), torch.float32, x.device)
     plain = {f"{way}, {usual}": (function, (*tensors, numbers, usual, surrogate))
              for usual, surrogate in ((True, RECTANGLE), (False, RECTANGLE), (False, SIGMOID))
-             for way, function, tensors in (("forward", fused_lif._lif, (x,)),
-                                            ("backward", fused_lif._lif_backward, (x, x)))}
+             for way, function, tensors in (("forward", fused_lif._lif, (x, out)),
+                                            ("backward", fused_lif._lif_backward, (x, x, out)))}
     for name, (function, arguments) in plain.items():
         torch._dynamo.reset()
         metrics.reset()
