@@ -252,12 +252,14 @@ class STAALIF(LIF):
             spikes.append(s)
         return over_time(spikes)
 
-    def _fused(self, x: Tensor, dropped: list[bool], alpha: float) -> Tensor:
+    def _fused(self, x: Tensor, dropped: list, alpha: float) -> Tensor:
         """The same in few passes over memory: see `fused_staa`."""
         kind, kept = fused.membrane_type(x), None
         parameters = {f"{block}.{name}": p.to(kind).view(p.shape[:2]) for block, child in self.named_children()
                       for name, p in (*child.named_parameters(), *child.named_buffers())}
-        if any(dropped):
+        if isinstance(dropped[0], Tensor):
+            kept = ~torch.stack(dropped)
+        elif any(dropped):
             kept = torch.ones(self.T, dtype=torch.bool, device=x.device)
             for t in (t for t, drop in enumerate(dropped) if drop):
                 kept[t].fill_(False)  # a mask from the host would make it wait for a GPU

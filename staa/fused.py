@@ -27,12 +27,11 @@ WORTH_COMPILING = 2 ** 21
 
 
 def usable(x: Tensor, *numbers) -> bool:
-    """Whether a neuron with these settings may take the fast path for the current x: not inside what another compiles,
-    traces or transforms (torch.func), nor for a fake tensor or another subclass."""
+    """Whether a neuron with these settings may take the fast path for the current x: not inside what another traces or
+    transforms (torch.func), nor for a fake tensor or another subclass."""
     return (enabled and type(x) in (Tensor, nn.Parameter) and x.device.type in ("cpu", "cuda")
             and x.is_floating_point() and x.numel() > 0 and all(isinstance(n, (int, float)) for n in numbers)
-            and not (torch.compiler.is_compiling() or torch.jit.is_tracing()
-                     or torch._C._are_functorch_transforms_active()))
+            and not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()))
 
 
 def is_large(x: Tensor, channels: int = 64) -> bool:

@@ -6,8 +6,9 @@ X~ - X does not depend on space, so X~ never comes to be. All that the aggregato
     U[t] = p Hm[t-1] + q X[t] + w       with p, q and w a number a sample and channel, (B, C)
 
 and what it has to know of the current are two means over space: the one that GC's attention weighs, and the plain one.
-Where there is a compiler, these equations and their gradient are each compiled as a whole. Without one, and for what is
-small, a time step is a function differentiated by hand. For the backward pass of a large current nothing is kept but
+Where there is a compiler, these equations and their gradient are each compiled as a whole; in a network that the reader
+compiles, they are traced as they stand. Without one, and for what is small, a time step is a function differentiated by
+hand. For the backward pass of a large current nothing is kept but
 the current; all the rest is computed anew.
 
 Inside, space is one axis, and x lies as in memory: (T, B, HW, C) where the network is channels-last, and (T, B, C, HW)
@@ -30,7 +31,9 @@ def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers:
     """Spikes for the current x (T, B, C, H, W); the rest is as in `equations`."""
     space = axis_of_space(x)
     y = as_it_lies(x, space)
-    if compiles(x, x.shape[2]):
+    if torch.compiler.is_compiling():                                             # the reader's own network
+        s = equations(y, space, kept, numbers, surrogate, parameters)
+    elif compiles(x, x.shape[2]):
         kept = torch.ones(len(x), dtype=torch.bool, device=x.device) if kept is None else kept  # one graph for both
         s = _Compiled.apply(y, space, kept, numbers, surrogate, tuple(parameters), *parameters.values())
     elif is_large(x, x.shape[2]):
@@ -69,7 +72,8 @@ def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, sur
     # p (Hm + PE) + (total - p) X~ = p Hm + (total - p) X + total added + p (PE - added)
     seen, w, slope = mean + added + pe_membrane, total * added + pe_output + rest, pe_membrane - added
     hm, hm_mean, spikes = torch.zeros_like(x[0]) + v_reset, v_reset, []
-    one_step = step if isinstance(v_th, Tensor) else _Step.apply                  # as a tensor, to be compiled
+    to_compile = torch.compiler.is_compiling() or isinstance(v_th, Tensor)        # ours: also where torch declines
+    one_step = step if to_compile else _Step.apply
     for t, (x_t, seen_t, w_t, slope_t) in enumerate(zip(x.unbind(), seen.unbind(), w.unbind(), slope.unbind())):
         p = zero[t] + decay
         if sa:                                                                    # (B, C), eq. 12

@@ -68,7 +68,7 @@ class LIF(nn.Module):
         return self.surrogate.fire(u, *self.numbers()[2:])
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_plain() and fused.usable(x, *self.numbers()):
+        if self.is_plain() and fused.usable(x, *self.numbers()) and not torch.compiler.is_compiling():
             return fused_lif.lif(x, self.numbers(), self.surrogate)
         hm = torch.full_like(x[0], self.v_reset, dtype=fused.membrane_type(x))
         spikes = []

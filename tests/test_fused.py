@@ -395,11 +395,16 @@ def test_a_changed_equation_takes_the_reference():
     assert torch.equal(neuron(x), other(x))
 
 
-@pytest.mark.parametrize("neuron", [LIF(), STAALIF(4, 3)])
+@pytest.mark.parametrize("neuron", [LIF(), STAALIF(4, 3), STAALIF(4, 3, sa=False, pe_place="output")])
 def test_inside_the_readers_own_compiled_network_there_is_no_break(neuron):
-    x = current((3, 2, 4, 5, 6), torch.float32)
-    neuron = shaken(neuron).eval()
-    assert torch.equal(torch.compile(neuron, backend="eager", fullgraph=True)(x), neuron(x)) and neuron(x).any()
+    """And there is no X~ either: GC's and SA's convolutions, which make it, are not called."""
+    graphs = []
+    neuron, x = shaken(neuron).double().eval(), current((3, 2, 4, 5, 6), channels_last=True)
+    compiled = torch.compile(neuron, backend=lambda graph, _: graphs.append(graph.code) or graph, fullgraph=True)
+    (s, dx, dp), (s2, dx2, dp2) = outcome(neuron, x, False), outcome(compiled, x, True)
+    assert torch.equal(s, s2) and s.any()
+    torch.testing.assert_close([dx, *dp.values()], [dx2, *dp2.values()])
+    assert len(graphs) == 1 and "conv2d" not in graphs[0]
 
 
 def test_there_tsrd_draws_without_a_break():
