@@ -8,8 +8,7 @@ X~ - X does not depend on space, so X~ never comes to be. All that the aggregato
 and what it has to know of the current are two means over space: the one that GC's attention weighs, and the plain one.
 Where there is a compiler, these equations and their gradient are each compiled as a whole; in a network that the reader
 compiles, they are traced as they stand. Without one, and for what is small, a time step is a function differentiated by
-hand. For the backward pass of a large current nothing is kept but
-the current; all the rest is computed anew.
+hand. For the backward pass of a large current nothing is kept but the current; all the rest is computed anew.
 
 Inside, space is one axis, and x lies as in memory: (T, B, HW, C) where the network is channels-last, and (T, B, C, HW)
 where not.
