@@ -228,12 +228,14 @@ class STAALIF(LIF):
 
     def draw(self, device: torch.device) -> list:
         """TSRD: which time steps drop the aggregator. Booleans of the CPU's generator, so that a GPU is never waited
-        for; in a network that is compiled as a whole, or under torch.func, tensors, since a boolean would break it."""
+        for; tensors in a network that is compiled as a whole, under torch.func, and where tensors are fake, since a
+        boolean would break it."""
         if not (self.training and self.beta):
             return [False] * self.T
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return list((torch.rand(self.T, device=device) < self.beta).unbind())
-        return (torch.rand(self.T) < self.beta).tolist()
+        dropped = torch.rand(self.T) < self.beta
+        return dropped.tolist() if type(dropped) is Tensor else list(dropped.unbind())
 
     def _reference(self, x: Tensor, dropped: list) -> Tensor:
         pe_membrane, pe_output = (None if pe is None else pe.per_step() for pe in (self.pe_membrane, self.pe_output))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 import staa
 from staa import fused, fused_lif, fused_staa
@@ -230,6 +231,15 @@ def test_shapes_alone(neuron):
     with torch.device("meta"):
         network = staa.build("resnet20", neuron, num_classes=7, T=2, width=1 / 16)
     assert network(torch.empty(3, 3, 16, 16, device="meta")).shape == (3, 7)
+
+
+def test_shapes_alone_of_a_training_step():
+    """With fake tensors, where a TSRD draw has no value."""
+    with FakeTensorMode():
+        network = staa.build("resnet20", "staa", num_classes=7, T=2, width=1 / 16, beta=0.5)
+        logits = network(torch.empty(3, 3, 16, 16))
+        logits.sum().backward()
+    assert logits.shape == (3, 7) and all(p.grad.shape == p.shape for p in network.parameters())
 
 
 def test_autocast_does_not_reach_the_membrane():
