@@ -408,7 +408,7 @@ def test_a_changed_equation_takes_the_reference():
 @pytest.mark.parametrize("neuron", [LIF(), STAALIF(4, 3), STAALIF(4, 3, sa=False, pe_place="output")])
 def test_inside_the_readers_own_compiled_network_there_is_no_break(neuron):
     """And there is no X~ either: GC's and SA's convolutions, which make it, are not called."""
-    graphs = []
+    graphs, fused.WORTH_COMPILING = [], WAYS["compiled"]
     neuron, x = shaken(neuron).double().eval(), current((3, 2, 4, 5, 6), channels_last=True)
     compiled = torch.compile(neuron, backend=lambda graph, _: graphs.append(graph.code) or graph, fullgraph=True)
     (s, dx, dp), (s2, dx2, dp2) = outcome(neuron, x, False), outcome(compiled, x, True)
