@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import fused, fused_staa
-from .neuron import LIF, over_time
+from .neuron import LIF, over_time, unchanged
 from .settings import bounded, unused
 
 PE_KINDS = ("learned", "fixed")
@@ -218,7 +218,7 @@ class STAALIF(LIF):
         if x.dim() == 3:
             return self.forward(x[..., None, None])[..., 0, 0]
         dropped = self.draw(x.device)
-        if all(drop is False for drop in dropped) and next(self.children(), None) is None:
+        if dropped is None and next(self.children(), None) is None:
             return super().forward(x)
         with without_autocast(x.device.type):  # there is no matrix product that would gain by bf16
             alpha = 0.0 if self.sa is None else self.sa.alpha
@@ -226,52 +226,50 @@ class STAALIF(LIF):
                 return self._fused(x, dropped, alpha)
             return self._reference(x.to(fused.membrane_type(x)), dropped).to(x.dtype)
 
-    def draw(self, device: torch.device) -> list:
-        """TSRD: which time steps drop the aggregator. Booleans of the CPU's generator, so that a GPU is never waited
-        for; tensors in a network that is compiled as a whole, under torch.func, and where tensors are fake, since a
-        boolean would break it."""
+    def draw(self, device: torch.device) -> Tensor | None:
+        """TSRD: the time steps (T,) that drop the aggregator, or None where none does. The CPU's generator draws, and
+        the mask is filled where it lies, so that a GPU is never waited for; in a network that is compiled as a whole,
+        under torch.func, and where tensors are fake, there is always a mask, since a choice would break it."""
         if not (self.training and self.beta):
-            return [False] * self.T
+            return None
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return list((torch.rand(self.T, device=device) < self.beta).unbind())
-        dropped = torch.rand(self.T) < self.beta
-        return dropped.tolist() if type(dropped) is Tensor else list(dropped.unbind())
+            return torch.rand(self.T, device=device) < self.beta
+        drawn = torch.rand(self.T) < self.beta
+        if type(drawn) is not Tensor:
+            return drawn.to(device)
+        if not drawn.any():
+            return None
+        dropped = torch.zeros(self.T, dtype=torch.bool, device=device)
+        for t in drawn.nonzero().flatten().tolist():
+            dropped[t].fill_(True)
+        return dropped
 
-    def _reference(self, x: Tensor, dropped: list) -> Tensor:
+    def _reference(self, x: Tensor, dropped: Tensor | None) -> Tensor:
         pe_membrane, pe_output = (None if pe is None else pe.per_step() for pe in (self.pe_membrane, self.pe_output))
         attended = self.attend(x)
         hm = torch.full_like(x[0], self.v_reset)
         spikes = []
         for t, (x_t, xa_t) in enumerate(zip(x.unbind(), attended.unbind())):
-            if dropped[t] is True:
-                u = hm + x_t
-            else:
-                u = self.mix(hm if pe_membrane is None else hm + pe_membrane[t], xa_t)
-                u = u if pe_output is None else u + pe_output[t]
-                if dropped[t] is not False:
-                    u = torch.where(dropped[t], hm + x_t, u)
+            u = self.mix(hm if pe_membrane is None else hm + pe_membrane[t], xa_t)
+            u = u if pe_output is None else u + pe_output[t]
+            if dropped is not None:
+                u = torch.where(dropped[t], hm + x_t, u)
             s, hm = self.fire(u)
             spikes.append(s)
         return over_time(spikes)
 
-    def _fused(self, x: Tensor, dropped: list, alpha: float) -> Tensor:
+    def _fused(self, x: Tensor, dropped: Tensor | None, alpha: float) -> Tensor:
         """The same in few passes over memory: see `fused_staa`."""
-        kind, kept = fused.membrane_type(x), None
+        kind, kept = fused.membrane_type(x), None if dropped is None else ~dropped
         parameters = {f"{block}.{name}": p.to(kind).view(p.shape[:2]) for block, child in self.named_children()
                       for name, p in (*child.named_parameters(), *child.named_buffers())}
-        if isinstance(dropped[0], Tensor):
-            kept = ~torch.stack(dropped)
-        elif any(dropped):
-            kept = torch.ones(self.T, dtype=torch.bool, device=x.device)
-            for t in (t for t, drop in enumerate(dropped) if drop):
-                kept[t].fill_(False)  # a mask from the host would make it wait for a GPU
         return fused_staa.staa(x, parameters, kept, (alpha, *self.numbers()), self.surrogate)
 
     def is_plain(self) -> bool:
         """As in LIF; and no block is another's, or has anybody who listens: `fused` does not call them as modules."""
-        own = all(getattr(type(self), name) is getattr(STAALIF, name) for name in ("attend", "mix"))
         inner = [module for child in self.children() for module in child.modules()]
-        return own and super().is_plain() and all(type(m) in BLOCKS and not (
+        own = super().is_plain() and unchanged(self, STAALIF, "attend", "mix")
+        return own and (self.gc is None or self.gc.norm.eps == 1e-5) and all(type(m) in BLOCKS and not (
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks) for m in inner)
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ currents of lower precision, and of the current's type otherwise.
 import functools
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -51,13 +52,22 @@ def compiler(device: str) -> bool:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, 64)  # each T is compiled for once more
-        torch.fx.experimental._config.use_duck_shape = False  # sizes that happen to agree would be taken for one
         return True
     except Exception as error:
         warnings.warn(f"torch.compile does not work here ({reason(error)}): the neurons run without it, more slowly.")
         return False
+
+
+_here = threading.local()
+
+
+def set_limits() -> None:
+    """torch's settings for compiling, which hold in one thread: a GPU's backward pass has its own."""
+    if not hasattr(_here, "set"):
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 64)  # each T is compiled for once more
+        torch.fx.experimental._config.use_duck_shape = False  # sizes that happen to agree would be taken for one
+        _here.set = True
 
 
 def lazy_compile(function: Callable) -> Callable:
@@ -70,7 +80,11 @@ def lazy_compile(function: Callable) -> Callable:
         many = isinstance(x, Sequence) and all(isinstance(n, Tensor) for n in x)
         return x.detach() if isinstance(x, Tensor) else [n.detach() for n in x] if many else x
 
-    return functools.wraps(function)(lambda *args: fast()(*map(bare, args)))
+    @functools.wraps(function)
+    def call(*args):
+        set_limits()
+        return fast()(*map(bare, args))
+    return call
 
 
 def membrane_type(x: Tensor) -> torch.dtype:
@@ -78,10 +92,12 @@ def membrane_type(x: Tensor) -> torch.dtype:
 
 
 def first_derivative(backward: Callable) -> Callable:
-    """A backward pass by hand, which cannot be differentiated again, and says so."""
+    """A backward pass by hand, which can neither be differentiated again nor take a batch of gradients, and says so."""
     def checked(ctx, *grads):
-        if torch.is_grad_enabled():
-            raise RuntimeError("second derivatives need the reference: set staa.fused.enabled = False, or STAA_FUSED=0")
+        batched = any(torch._C._functorch.is_legacy_batchedtensor(g) for g in grads if g is not None)
+        needs = "second derivatives" if torch.is_grad_enabled() else "batched gradients" if batched else None
+        if needs:
+            raise RuntimeError(f"{needs} need the reference: set staa.fused.enabled = False, or STAA_FUSED=0")
         return backward(ctx, *grads)
     return checked
 
@@ -102,9 +118,7 @@ def flat(x: Tensor, channels_last: bool) -> Tensor:
     return (x.permute(0, 1, 3, 4, 2) if channels_last else x).contiguous().flatten(1)
 
 
-def shaped(rows: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
-    """The inverse of `flat`."""
-    if not channels_last:
-        return rows.view(shape)
-    T, B, C, H, W = shape
-    return rows.view(T, B, H, W, C).permute(0, 1, 4, 2, 3)
+def empty_for_rows(x: Tensor, channels_last: bool) -> Tensor:
+    """A tensor like x, for a result, of which `flat` is a view. It is none itself: what a function returns may be
+    changed in place by its caller, but a view may not."""
+    return torch.empty_like(x, memory_format=torch.preserve_format if channels_last else torch.contiguous_format)

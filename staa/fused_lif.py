@@ -13,12 +13,12 @@ from torch import Tensor
 from .fused import (
     compiles,
     constants,
+    empty_for_rows,
     first_derivative,
     flat,
     is_channels_last,
     lazy_compile,
     membrane_type,
-    shaped,
 )
 from .surrogate import RECTANGLE, Surrogate, at_the_threshold
 
@@ -29,28 +29,27 @@ SLICE = 2 ** 19
 class _LIF(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, numbers: tuple, surrogate: Surrogate):
-        last = is_channels_last(x)
-        rows = flat(x, last)
-        ctx.save_for_backward(rows)
-        ctx.numbers, ctx.surrogate, ctx.shape, ctx.last, ctx.compiles = numbers, surrogate, x.shape, last, compiles(x)
-        s = torch.empty_like(rows)
+        ctx.save_for_backward(x)
+        ctx.numbers, ctx.surrogate, ctx.last, ctx.compiles = numbers, surrogate, is_channels_last(x), compiles(x)
+        s = empty_for_rows(x, ctx.last)
+        rows, s_rows = flat(x, ctx.last), flat(s, ctx.last)
         if ctx.compiles:
-            _lif(rows, s.unbind(), *as_compiled(numbers, x), surrogate)
+            _lif(rows, s_rows.unbind(), *as_compiled(numbers, x), surrogate)
         else:
-            _lif_sliced(rows, s, surrogate, *numbers)
-        return shaped(s, x.shape, last)
+            _lif_sliced(rows, s_rows, surrogate, *numbers)
+        return s
 
     @staticmethod
     @first_derivative
     def backward(ctx, grad: Tensor):
-        rows, = ctx.saved_tensors
-        grad = flat(grad, ctx.last)
-        dx = torch.empty_like(rows)
+        x, = ctx.saved_tensors
+        dx = empty_for_rows(x, ctx.last)
+        rows, ds, dx_rows = flat(x, ctx.last), flat(grad, ctx.last), flat(dx, ctx.last)
         if ctx.compiles:
-            _lif_backward(rows, grad, dx.unbind(), *as_compiled(ctx.numbers, rows), ctx.surrogate)
+            _lif_backward(rows, ds, dx_rows.unbind(), *as_compiled(ctx.numbers, x), ctx.surrogate)
         else:
-            _lif_sliced_backward(rows, grad, dx, ctx.surrogate, *ctx.numbers)
-        return shaped(dx, ctx.shape, ctx.last), None, None
+            _lif_sliced_backward(rows, ds, dx_rows, ctx.surrogate, *ctx.numbers)
+        return dx, None, None
 
 
 def lif(x: Tensor, numbers: tuple, surrogate: Surrogate) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 import runpy
+import threading
 
 import pytest
 import torch
@@ -380,6 +381,14 @@ def test_a_changed_equation_takes_the_reference():
     learned(torch.randn(2, 1, 4, 3, 3)).sum().backward()
     assert learned.sa.alpha.grad is not None
 
+    changed = LIF()
+    changed.charge = lambda hm, x: hm + x
+    assert changed(torch.full((2, 1), 0.6)).tolist() == [[0.0], [1.0]]
+    changed = STAALIF(4, 2)
+    assert changed.is_plain()
+    changed.gc.norm.eps = 1e-3
+    assert not changed.is_plain()
+
     neuron, calls = STAALIF(4, 2), []
     neuron.sa.register_forward_hook(lambda *_: calls.append("forward"))
     neuron(torch.randn(2, 1, 4, 3, 3))
@@ -466,6 +475,59 @@ def test_what_torch_will_not_compile_is_computed_all_the_same(neuron):
     fused.WORTH_COMPILING = WAYS["compiled"]
     with torch.compiler.set_stance("force_eager"):
         same(shaken(neuron), current((3, 2, 4, 5, 6), channels_last=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("neuron", [LIF(), FSTALIF(4, 3, temporal=False, spatial=False), STAALIF(4, 3)])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_spikes_may_be_changed_in_place(neuron, way, channels_last):
+    """As a ReLU's output may, by a shortcut or dropout; and so may the neuron's input, where no gradient needs it."""
+    fused.WORTH_COMPILING = WAYS[way]
+    x = current((3, 2, 4, 5, 6), torch.float32, channels_last).requires_grad_()
+    changed = neuron(x)
+    changed += x
+    changed.sum().backward()
+    dx, x.grad = x.grad, None
+    (neuron(x) + x).sum().backward()
+    assert torch.equal(dx, x.grad)
+    with torch.no_grad():
+        y = x.detach().clone()
+        spikes = neuron(y)
+        y.zero_()
+    assert torch.equal(spikes, neuron(x))
+
+
+def test_torchs_settings_hold_in_every_thread():
+    """A thread of its own, as a GPU's backward pass has, stops compiling no sooner."""
+    fused.WORTH_COMPILING = WAYS["compiled"]
+    LIF()(current((2, 3)))
+    seen = []
+
+    def work():
+        LIF()(current((2, 3)))
+        seen.append((torch._dynamo.config.recompile_limit, torch.fx.experimental._config.use_duck_shape))
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(64, False)]
+
+
+@pytest.mark.parametrize("neuron", [LIF(), STAALIF(3, 2, beta=0.0)])
+def test_batched_gradients_are_refused_in_one_sentence(neuron):
+    x = current((2, 2, 3, 4, 4), torch.float32)
+    with pytest.raises(RuntimeError, match="^batched gradients need the reference: set staa.fused.enabled = False"):
+        torch.autograd.functional.jacobian(lambda v: neuron(v).sum((1, 2)), x, vectorize=True)
+    fused.enabled = False
+    assert torch.autograd.functional.jacobian(lambda v: neuron(v).sum((1, 2)), x, vectorize=True).any()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_where_all_steps_are_dropped_the_blocks_gradients_are_zero(fast):
+    """And not None, of which an optimizer makes something else."""
+    fused.enabled = fast
+    neuron = shaken(STAALIF(4, 1, beta=1.0))
+    neuron(current((1, 2, 4, 3, 3), torch.float32)).sum().backward()
+    assert all(not p.grad.any() for p in neuron.parameters())
 
 
 def test_without_a_compiler(monkeypatch):
