@@ -53,7 +53,8 @@ def write(path: Path | str, network: SpikingNetwork, image_size: int, dt: float 
 def to_nir(network: SpikingNetwork, image_size: int, dt: float = DT) -> Any:
     """A VGG or ResNet of plain LIF neurons as a `nir.NIRGraph`; its nodes are named as the modules.
 
-    image_size: pixels, since NIR's neurons are counted. dt: seconds a time step. Weights keep their type.
+    image_size: pixels, since NIR's neurons are counted. dt: seconds a time step. Weights keep their type, but for
+    bfloat16, which NumPy lacks and becomes float32.
     Raises InterchangeError, one sentence, on any other neuron or layer, size or dt, or where nir is not installed.
     """
     check(network)
@@ -194,4 +195,4 @@ def output_shapes(network: SpikingNetwork, x: Tensor) -> dict[str, tuple[int, ..
 
 
 def numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().numpy()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().numpy()

@@ -10,16 +10,18 @@ from traceback import clear_frames
 
 import torch
 
-from . import data, records, samples
+from . import data, records, samples, weights
 from .config import Config
 from .distributed import started
 from .records import Record
 from .train import run
 
 
-def run_all(configs: list[Config], *, log: Callable[[str], None] = print) -> list[Record]:
+def run_all(configs: list[Config], *, networks: bool = False, log: Callable[[str], None] = print) -> list[Record]:
     """The records of these runs, in order. On CPU as many at once as cores allow, on a GPU one after the other.
 
+    networks: whether their trained networks are needed as well; a record without its weights, as most in data/records
+    are, is then a RecordError before anything is trained.
     A script that calls this needs `if __name__ == "__main__":`, since each process reads it anew.
 
     Duplicates are trained once. Logs one line an epoch and one bar after each run. A run that fails does
@@ -27,6 +29,8 @@ def run_all(configs: list[Config], *, log: Callable[[str], None] = print) -> lis
     """
     once = list(dict.fromkeys(configs))
     found = {config: record for config in once if (record := records.find(config))}
+    for record in found.values() if networks else ():
+        weights.file_of(record)
     missing = [config for config in once if config not in found]
     if started():  # one run after the other on all of torchrun's processes, which end together where one fails
         return [run(config, log=log) for config in configs]

@@ -135,13 +135,19 @@ def keep(place: Path, state: dict, config: Config, classes: int, log: Callable[[
     (place / names[1]).unlink(missing_ok=True)  # of a run before this one
 
 
-def shipped() -> list[Record]:
-    """The project's records whose networks it ships too, in data/networks: `trained` reads them."""
-    return [record for record in records.vouched() if shipped_file(Config.from_dict(record.config)).is_file()]
+def shipped(**settings) -> list[Record]:
+    """The project's records of runs with these settings whose networks it ships too, in data/networks: `trained` reads
+    them."""
+    return [record for record in records.vouched() if settings.items() <= record.config.items()
+            and shipped_file(Config.from_dict(record.config)).is_file()]
 
 
 def shipped_file(config: Config) -> Path:
     return records.folder("networks") / f"{config.name}.safetensors"
+
+
+ADVICE = ("set STAA_RUNS to an empty folder and STAA_RECORDS to one without this record, and the run trains the "
+          "network anew")
 
 
 def trained(record: Record) -> SpikingNetwork:
@@ -150,25 +156,28 @@ def trained(record: Record) -> SpikingNetwork:
 
     Raises RecordError where the weights are not there (most records in data/records come without) or damaged.
     """
-    config = Config.from_dict(record.config)
-    place = records.folder("runs") / config.name
-    shipped = shipped_file(config)
-    advice = ("set STAA_RUNS to an empty folder and STAA_RECORDS to one without this record, and the run trains the "
-              "network anew")
-    if (place / "weights.pt").is_file():
-        with undamaged("weights file", place / "weights.pt", advice):
+    config, path = Config.from_dict(record.config), file_of(record)
+    if path.suffix == ".pt":
+        with undamaged("weights file", path, ADVICE):
             network = new_network(config, record.outcome["classes"])
-            network.load_state_dict(checkpoint.read(place / "weights.pt"))
+            network.load_state_dict(checkpoint.read(path))
         return network.eval()
-    own = (place / "record.json").is_file()  # the user's own run is not the one whose network is shipped
-    path = shipped if shipped.is_file() and not own else place / "weights.safetensors"
-    if not path.is_file():
-        raise RecordError(f"the weights of {config} were looked for in {place} and {shipped.parent} and are not there "
-                          f"(most records in data/records come without them); {advice}.")
-    network = rebuilt(path, advice)
+    network = rebuilt(path, ADVICE)
     if network.config != config:
-        raise RecordError(f"the weights file {path} is of another run, {network.config.name}; {advice}.")
+        raise RecordError(f"the weights file {path} is of another run, {network.config.name}; {ADVICE}.")
     return network
+
+
+def file_of(record: Record) -> Path:
+    """Where `trained` reads the weights; a RecordError where they are not there."""
+    config = Config.from_dict(record.config)
+    place, shipped = records.folder("runs") / config.name, shipped_file(config)
+    own = (place / "record.json").is_file()  # the user's own run is not the one whose network is shipped
+    for path in (place / "weights.pt", *([] if own else [shipped]), place / "weights.safetensors"):
+        if path.is_file():
+            return path
+    raise RecordError(f"the weights of {config} were looked for in {place} and {shipped.parent} and are not there "
+                      f"(most records in data/records come without them); {ADVICE}.")
 
 
 def save_pretrained(network: SpikingNetwork, folder: Path | str) -> None:

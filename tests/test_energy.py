@@ -1,5 +1,6 @@
 """Counts by hand, by torch's own counter and by SpikingJelly's; the paper's numbers; Lemaire's formulas."""
 
+import dataclasses
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -337,6 +338,10 @@ def test_trained_is_the_network_that_was_trained(config):
     path.unlink()
     with pytest.raises(records.RecordError, match="the weights of .* are not there .* STAA_RUNS to an empty folder and STAA_RECORDS"):
         train.trained(record)
+    other = dataclasses.replace(config, seed=config.seed + 1)
+    with pytest.raises(records.RecordError, match="the weights of .* are not there"):
+        experiments.run_all([other, config], networks=True)
+    assert records.find(other) is None, "nothing was trained before"
 
 
 def test_the_grid_is_one_network_with_both_neurons():

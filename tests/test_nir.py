@@ -141,3 +141,11 @@ def test_without_nir_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "nir", None)
     with pytest.raises(InterchangeError, match="needs nir, which is not installed"):
         to_nir(staa.build("vgg13", "lif", T=1, width=1 / 16), 32)
+
+
+def test_a_network_in_bf16_is_exported_in_float32():
+    network = trained_like(staa.build("resnet20", "lif", width=1 / 16, T=2)).bfloat16()
+    graph = interchange.to_nir(network, 32)
+    weights = [node.weight for node in graph.nodes.values() if hasattr(node, "weight")]
+    assert weights and all(weight.dtype == "float32" for weight in weights)
+    assert graph.nodes["head"].bias.tolist() == network.head.bias.tolist()

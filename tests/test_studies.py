@@ -99,7 +99,7 @@ def test_convergence_counts_epochs_to_the_common_loss():
     assert table["Epochs to a loss of 1.000"].tolist() == ["2", "2", "2"]
     assert table.loc["STAA", "Seconds an epoch"] == "4.0" and table.loc["STAA", "Seconds to that loss"] == "8.0"
     assert studies.curve(runs[:3], "test_accuracy")[0] == (pytest.approx(50.1), pytest.approx(0.1))
-    assert "longer, by +33.33 [+33.33, +33.33] %" in studies.tsrd_seconds(runs)
+    assert "With TSRD the seconds of an epoch change by +33.33 [+33.33, +33.33] %" in studies.tsrd_seconds(runs)
 
 
 @pytest.mark.parametrize("draw, table", [(curves.figure3, FIGURE3), (curves.figure5, FIGURE5)])
@@ -153,6 +153,8 @@ def test_seconds_are_the_processors_on_a_cpu_and_the_clocks_elsewhere():
 
     work = {"processor_seconds_per_epoch": [4.0, 6.0, 5.0]}
     assert studies.seconds([timed("x86_64 CPU", **work)]) == 5.0
+    twice = [timed("x86_64 CPU"), timed("x86_64 CPU", **work)]
+    assert studies.seconds(twice) == 3.5, "the mean of the two: as a mean of paired differences is"
     assert studies.seconds([timed("x86_64 CPU")]) == studies.seconds([timed("NVIDIA H100", **work)]) == 2.0
 
 

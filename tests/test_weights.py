@@ -335,6 +335,8 @@ def test_the_project_ships_a_network_trained_on_real_data(monkeypatch):
     for kind in ("RECORDS", "NETWORKS"):
         monkeypatch.delenv(f"STAA_{kind}")
     (record,) = weights.shipped()
+    assert weights.shipped(neuron="staa", neuron_settings=record.config["neuron_settings"]) == [record]
+    assert weights.shipped(neuron="lif") == []
     network = train.trained(record)
     assert record.config["dataset"] == "cifar10" and record.config["neuron"] == "staa"
     assert record.accuracy > 25, "ten classes: far better than guessing"
