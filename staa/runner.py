@@ -10,7 +10,7 @@ from traceback import clear_frames
 
 import torch
 
-from . import data, records, samples, weights
+from . import data, samples, weights
 from .config import Config
 from .distributed import started
 from .records import Record
@@ -20,27 +20,25 @@ from .train import run
 def run_all(configs: list[Config], *, networks: bool = False, log: Callable[[str], None] = print) -> list[Record]:
     """The records of these runs, in order. On CPU as many at once as cores allow, on a GPU one after the other.
 
-    networks: whether their trained networks are needed as well; a record without its weights, as most in data/records
-    are, is then a RecordError before anything is trained.
+    networks: whether their trained networks are needed as well: what only has a record in data/records without one is
+    then trained too.
     A script that calls this needs `if __name__ == "__main__":`, since each process reads it anew.
 
     Duplicates are trained once. Logs one line an epoch and one bar after each run. A run that fails does
     not stop the others; the first failure is raised once all have ended, and what has ended stays in runs/.
     """
     once = list(dict.fromkeys(configs))
-    found = {config: record for config in once if (record := records.find(config))}
-    for record in found.values() if networks else ():
-        weights.file_of(record)
+    found = {config: record for config in once if (record := weights.found(config, networks))}
     missing = [config for config in once if config not in found]
     if started():  # one run after the other on all of torchrun's processes, which end together where one fails
-        return [run(config, log=log) for config in configs]
+        return [run(config, network=networks, log=log) for config in configs]
     for dataset in dict.fromkeys(config.dataset for config in missing):
         if dataset == "imagefolder:digits64":
             samples.digit_images()
         data.load(dataset, train=True)  # one clear sentence now rather than one from every run
     log(bar(len(found), len(once), "complete before" if found else ""))
     failures = []
-    for config, outcome in _outcomes(missing, log):
+    for config, outcome in _outcomes(missing, log, networks):
         if isinstance(outcome, Exception):
             failures.append(outcome)
             log(f"{config}: failed: {outcome}")
@@ -52,13 +50,13 @@ def run_all(configs: list[Config], *, networks: bool = False, log: Callable[[str
     return [found[config] for config in configs]
 
 
-def _outcomes(configs, log):
+def _outcomes(configs, log, networks):
     """(config, Record or Exception) as each run ends."""
     threads = max((config.threads for config in configs), default=1)
     jobs = min(1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)) // threads, len(configs))
     if jobs <= 1:
         for config in configs:
-            yield config, attempt(config, log)
+            yield config, attempt(config, log, networks)
         return
     context = get_context("spawn")
     with context.Manager() as manager:
@@ -67,7 +65,7 @@ def _outcomes(configs, log):
         with ProcessPoolExecutor(jobs, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
             # Longest first, so that no core is left with a long run at the end.
             order = sorted(configs, key=lambda c: c.epochs * c.T * (1 + (c.network == "resnet19")), reverse=True)
-            pending = {pool.submit(attempt, config, lines.put): config for config in order}
+            pending = {pool.submit(attempt, config, lines.put, networks): config for config in order}
             while pending:
                 done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 while True:
@@ -79,10 +77,10 @@ def _outcomes(configs, log):
                     yield pending.pop(future), future.exception() or future.result()
 
 
-def attempt(config: Config, log) -> Record | Exception:
+def attempt(config: Config, log, network: bool = False) -> Record | Exception:
     """The record, or what the run failed with."""
     try:
-        return run(config, log=log)
+        return run(config, network=network, log=log)
     except Exception as error:  # whatever it is, it does not stop the others
         cause: BaseException | None = error
         while cause:  # its frames hold the network and its activations: a GPU has no room for the next run beside them

@@ -30,7 +30,7 @@ from .optimizer import learning_rate, new_optimizer
 from .records import Record
 from .resident import Loader
 from .settings import Error
-from .weights import keep, new_network
+from .weights import found, keep, new_network
 from .weights import trained as trained
 
 
@@ -39,14 +39,15 @@ class TrainingError(Error, RuntimeError):
 
 
 def run(config: Config, *, device: str | torch.device | None = None, data_root: Path | None = None,
-        workers: int | None = None, log: Callable[[str], None] = print) -> Record:
+        workers: int | None = None, network: bool = False, log: Callable[[str], None] = print) -> Record:
     """The record of this run, from disk or from training; logs one line an epoch.
 
     device: "cpu" or "cuda"; by default a GPU where there is one. workers: processes that load data; by default one per
     core, at most eight, where a GPU sees 5,000 images or 500 recordings of events or more, and else none: starting one
-    costs seconds. Neither changes the outcome on a CPU. The run lives in runs/NAME: checkpoint.pt after every epoch, at
-    the end record.json and weights.safetensors (weights.pt where safetensors is not installed). Where another process
-    trains the same run, this one waits and reads. Raises DataError, RecordError or TrainingError, one sentence.
+    costs seconds. Neither changes the outcome on a CPU. network: whether the trained network is needed as well, so that
+    a record in data/records that comes without it does not do. The run lives in runs/NAME: checkpoint.pt after every
+    epoch, at the end record.json and weights.safetensors (weights.pt where safetensors is not installed). Where another
+    process trains the same run, this one waits and reads. Raises DataError, RecordError or TrainingError, one sentence.
     """
     if not isinstance(config, Config):
         raise TrainingError(f"run takes a Config, as Config.from_dict makes of a dictionary, got {config!r}.")
@@ -64,13 +65,13 @@ def run(config: Config, *, device: str | torch.device | None = None, data_root: 
         where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(where)
     peers = join(where)
-    if record := peers.first(lambda: records.find(config)):
+    if record := peers.first(lambda: found(config, network)):
         return record
     place = records.folder("runs") / config.name
     with ExitStack() as held:
         peers.first(lambda: hold(held, place, lambda: log(f"{config}: another process trains this run, waiting for its "
                                                           "record")))
-        done = peers.first(lambda: records.find(config))
+        done = peers.first(lambda: found(config, network))
         held.enter_context(one_sentence(config))
         return done or _train(config, place, where, data_root, workers, log, peers)
 

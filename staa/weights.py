@@ -150,6 +150,18 @@ ADVICE = ("set STAA_RUNS to an empty folder and STAA_RECORDS to one without this
           "network anew")
 
 
+def found(config: Config, network: bool = False) -> Record | None:
+    """The record of a run, or None where it is to be trained: also where its network is needed, and the record is one
+    of those in data/records that come without. A RecordError where the user's own lacks it."""
+    record = records.find(config)
+    if not record or not network:
+        return record
+    if (records.folder("runs") / config.name / "record.json").is_file():
+        file_of(record)
+        return record
+    return record if shipped_file(config).is_file() else None
+
+
 def trained(record: Record) -> SpikingNetwork:
     """The network of a finished run, on the CPU, in evaluation, with its final weights: from runs/NAME, or from
     data/networks where the project ships them with its record.

@@ -199,7 +199,7 @@ def test_a_failed_run_lets_go_of_its_network(monkeypatch):
     """Else a GPU has no memory for the next run; where it failed is still told."""
     networks = []
 
-    def fails(config, log):
+    def fails(config, network, log):
         network = torch.nn.Linear(2, 2)
         networks.append(weakref.ref(network))
         try:
@@ -262,7 +262,7 @@ def test_any_failure_is_one_runs_own(monkeypatch):
     with pytest.raises(TrainingError, match="in the last batch of .* BN sees one value a channel.*batch_size"):
         run_all([bad, good], log=lambda line: None)
     assert records.find(good)
-    monkeypatch.setattr(runner, "run", lambda config, log: {}["x"])
+    monkeypatch.setattr(runner, "run", lambda config, network, log: {}["x"])
     assert isinstance(runner.attempt(good, print), KeyError)
 
 

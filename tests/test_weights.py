@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import struct
 import sys
 
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import staa
-from staa import Config, items, records, train, weights
+from staa import Config, experiments, items, records, train, weights
 from staa.records import Record, RecordError
 
 CONFIG = Config(dataset="cifar10", network="resnet20", neuron="staa", neuron_settings={"beta": 0.3, "alpha": 1.5, "a": 0.9}, T=2,
@@ -320,6 +321,25 @@ def test_the_weights_of_another_run_are_refused(tmp_path):
     name = "weights.safetensors"
     (tmp_path / "runs" / TINY.but(seed=1).name / name).replace(tmp_path / "runs" / TINY.name / name)
     refused(lambda: train.trained(record), f"is of another run, {Config.from_dict(other.config).name}")
+
+
+def test_a_record_without_its_network_is_trained_anew_where_the_network_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setenv("STAA_RUNS", str(tmp_path / "runs"))
+    run = records.folder("runs") / TINY.name
+    first = quiet(TINY)
+    first.save(records.folder("records") / f"{TINY.name}.json")
+    shutil.rmtree(run)
+
+    assert quiet(TINY) == first and not run.exists()
+    assert experiments.run_all([TINY], log=lambda _: None) == [first] and not run.exists()
+    (again,) = experiments.run_all([TINY], networks=True, log=lambda _: None)
+    assert again.outcome == first.outcome and (run / "record.json").is_file()
+    state = train.trained(again).state_dict()
+
+    refused(lambda: ((run / "weights.safetensors").unlink(), train.run(TINY, network=True)), "are not there")  # one's own
+    shutil.rmtree(run)
+    weights.save(weights.shipped_file(TINY), state, TINY, 10)
+    assert train.run(TINY, network=True) == first and not run.exists()
 
 
 def test_what_cannot_be_shipped_is_refused(monkeypatch):
