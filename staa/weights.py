@@ -156,10 +156,15 @@ def found(config: Config, network: bool = False) -> Record | None:
     record = records.find(config)
     if not record or not network:
         return record
-    if (records.folder("runs") / config.name / "record.json").is_file():
-        file_of(record)
-        return record
-    return record if shipped_file(config).is_file() else None
+    if not is_own(config) and not shipped_file(config).is_file():
+        return None
+    file_of(record)
+    return record
+
+
+def is_own(config: Config) -> bool:
+    """Whether the user has trained this run: its record is then no longer the project's, nor is its network."""
+    return (records.folder("runs") / config.name / "record.json").is_file()
 
 
 def trained(record: Record) -> SpikingNetwork:
@@ -184,8 +189,7 @@ def file_of(record: Record) -> Path:
     """Where `trained` reads the weights; a RecordError where they are not there."""
     config = Config.from_dict(record.config)
     place, shipped = records.folder("runs") / config.name, shipped_file(config)
-    own = (place / "record.json").is_file()  # the user's own run is not the one whose network is shipped
-    for path in (place / "weights.pt", *([] if own else [shipped]), place / "weights.safetensors"):
+    for path in (place / "weights.pt", *([] if is_own(config) else [shipped]), place / "weights.safetensors"):
         if path.is_file():
             return path
     raise RecordError(f"the weights of {config} were looked for in {place} and {shipped.parent} and are not there "
