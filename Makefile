@@ -2,7 +2,7 @@
 BIN := .venv/bin
 READY := .venv/.ready
 NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/*.ipynb)))
-CORE := neuron attention fused torch_tools networks by_hand memory resident synchronisation train
+CORE := neuron attention fused gpu torch_tools networks by_hand memory resident synchronisation train
 
 .DEFAULT_GOAL := help
 .PHONY: help setup all list test oldest bench docs site lock refresh clean $(NOTEBOOKS)

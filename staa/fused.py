@@ -65,7 +65,7 @@ def set_limits() -> None:
     """torch's settings for compiling, which hold in one thread: a GPU's backward pass has its own."""
     if not hasattr(_here, "set"):
         limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, 64)  # each T is compiled for once more
+        limits.recompile_limit = max(limits.recompile_limit, 256)  # each T is compiled for once more
         torch.fx.experimental._config.use_duck_shape = False  # sizes that happen to agree would be taken for one
         _here.set = True
 
@@ -76,15 +76,29 @@ def lazy_compile(function: Callable) -> Callable:
     def fast() -> Callable:
         return torch.compile(function, dynamic=True)
 
-    def bare(x):  # a view would be compiled for anew with each other base
+    def bare(x):
         many = isinstance(x, Sequence) and all(isinstance(n, Tensor) for n in x)
-        return x.detach() if isinstance(x, Tensor) else [n.detach() for n in x] if many else x
+        return bare_tensor(x) if isinstance(x, Tensor) else [bare_tensor(n) for n in x] if many else x
 
     @functools.wraps(function)
     def call(*args):
         set_limits()
         return fast()(*map(bare, args))
     return call
+
+
+def bare_tensor(x: Tensor) -> Tensor:
+    """x detached: a view would be compiled for anew with each other base. On a GPU a current's sizes (T, B, ...) are
+    compiled in, all but that of its batch: with unknown ones it would divide whole numbers and load one at a time."""
+    x = x.detach()
+    if on_gpu(x) and x.dim() > 2:
+        for dimension in (0, *range(2, x.dim())):
+            torch._dynamo.mark_static(x, dimension)
+    return x
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def membrane_type(x: Tensor) -> torch.dtype:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import fused
 from .fused import (
     compiles,
     constants,
@@ -34,7 +35,7 @@ class _LIF(torch.autograd.Function):
         s = empty_for_rows(x, ctx.last)
         rows, s_rows = flat(x, ctx.last), flat(s, ctx.last)
         if ctx.compiles:
-            _lif(rows, s_rows.unbind(), *as_compiled(numbers, x), surrogate)
+            _lif(sixteens(rows), sixteens(s_rows).unbind(), *as_compiled(numbers, x), surrogate)
         else:
             _lif_sliced(rows, s_rows, surrogate, *numbers)
         return s
@@ -46,6 +47,7 @@ class _LIF(torch.autograd.Function):
         dx = empty_for_rows(x, ctx.last)
         rows, ds, dx_rows = flat(x, ctx.last), flat(grad, ctx.last), flat(dx, ctx.last)
         if ctx.compiles:
+            rows, ds, dx_rows = map(sixteens, (rows, ds, dx_rows))
             _lif_backward(rows, ds, dx_rows.unbind(), *as_compiled(ctx.numbers, x), ctx.surrogate)
         else:
             _lif_sliced_backward(rows, ds, dx_rows, ctx.surrogate, *ctx.numbers)
@@ -70,12 +72,17 @@ def unpacked(constants: Tensor, usual: bool) -> list:
 
 
 def potentials(x: Tensor, surrogate: Surrogate, decay, gain, v_th, v_reset) -> list[Tensor]:
-    """U[t] (N,) of all T rows of x (T, N), of the membrane's type: eqs. 1 to 3."""
+    """U[t] of all T rows of x, of the membrane's type: eqs. 1 to 3."""
     us, hm = [], v_reset
     for x_t in x.unbind():
         us.append(v_reset + decay * (hm - v_reset) + gain * x_t)
         hm = torch.where(surrogate.fires(us[-1] - v_th), v_reset, us[-1])
     return us
+
+
+def sixteens(x: Tensor) -> Tensor:
+    """x (T, N), on a GPU as (T, N / 16, 16) where that divides: it then knows, and loads 16 bytes at once."""
+    return x.unflatten(1, (-1, 16)) if fused.on_gpu(x) and x.shape[1] % 16 == 0 else x
 
 
 # Results go into rows that are there: on a GPU, `torch.stack` would compute U anew for each row.

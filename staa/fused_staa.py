@@ -82,8 +82,8 @@ def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, sur
             p, q, w_t = (torch.where(kept[t], n, dropped) for n, dropped in ((p, 1.0), (q, 1.0), (w_t, 0.0)))
         p, q, w_t = p.unsqueeze(space), q.unsqueeze(space), w_t.unsqueeze(space)
         s, hm, hm_mean = one_step(hm, x_t, p, q, w_t, space, surrogate, v_th, v_reset, *settings)
-        spikes.append(s)
-    return torch.stack(spikes).to(dtype)
+        spikes.append(s.to(dtype))
+    return torch.stack(spikes)
 
 
 def weighed(x: Tensor, weights: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class LIF(nn.Module):
         hm = torch.full_like(x[0], self.v_reset, dtype=fused.membrane_type(x))
         spikes = []
         for x_t in x.unbind():  # (B, ...), one time step; indexing x[t] would cost a full-size gradient each
-            s, hm = self.fire(self.charge(hm, x_t))
+            s, hm = self.fire(self.charge(hm, x_t.to(hm.dtype)))
             spikes.append(s)
         return over_time(spikes).to(x.dtype)
 

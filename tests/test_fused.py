@@ -215,8 +215,9 @@ def test_lower_precision(dtype, way):
     """The membrane potential is float32 in both, so that the spikes of bf16 currents are equal too; bf16 gradients agree
     to their own rounding."""
     fused.WORTH_COMPILING = WAYS[way]
-    x = current((4, 2, 8, 6, 6), dtype, channels_last=True)
-    same(LIF(), x, tolerance=1e-5 if dtype == torch.float32 else 2 ** -7)
+    x = current((4, 8, 8, 6, 6), dtype, channels_last=True)
+    for neuron in LIF(), LIF(decay=0.4, gain=0.6, v_reset=-0.2):
+        same(neuron, x, tolerance=1e-5 if dtype == torch.float32 else 2 ** -7)
     if dtype == torch.bfloat16:
         neuron = shaken(STAALIF(8, 4))
         reference, fast = outcome(neuron, x, False), outcome(neuron, x, True)
@@ -509,7 +510,7 @@ def test_torchs_settings_hold_in_every_thread():
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [(64, False)]
+    assert seen == [(256, False)]
 
 
 @pytest.mark.parametrize("neuron", [LIF(), STAALIF(3, 2, beta=0.0)])

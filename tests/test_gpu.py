@@ -1,0 +1,86 @@
+"""The fast path on a GPU, without one: its Triton kernels, run by Triton's interpreter, against the equations."""
+
+import pytest
+import torch
+
+from staa import fused, fused_lif, fused_staa
+from staa.attention import STAALIF
+from staa.fsta import FSTALIF
+from staa.neuron import LIF
+from staa.statten import STAttenLIF
+
+pytest.importorskip("triton", reason="Triton is not there, as on a Mac")
+import gpu  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def on_gpu(monkeypatch):
+    """Neurons are compiled for the GPU of gpu.py, whatever their size; gpu.launched are those of the test."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: compile(function, backend=gpu.backend, **settings))
+    monkeypatch.setattr(fused, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(fused, "compiler", lambda device: True)
+    monkeypatch.setattr(fused, "on_gpu", lambda x: True)
+    for module, names in ((fused_lif, ("_lif", "_lif_backward")), (fused_staa, ("_forward", "_backward"))):
+        for name in names:
+            monkeypatch.setattr(module, name, fused.lazy_compile(getattr(module, name).__wrapped__))
+    torch._dynamo.reset()
+    gpu.launched.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def current(*shape, dtype=torch.float32, channels_last=True):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return 2 * torch.randn(shape[0] * shape[1], *shape[2:]).to(dtype, memory_format=layout).unflatten(0, shape[:2])
+
+
+def both(neuron, x, gradient) -> list[torch.Tensor]:
+    """Spikes, and the gradients of the current and the parameters."""
+    torch.manual_seed(0)  # of TSRD
+    x = x.detach().requires_grad_()
+    s = neuron(x)
+    return [s.detach(), *torch.autograd.grad(s, [x, *neuron.parameters()], gradient)]
+
+
+def same(neuron, x, monkeypatch):
+    """Spikes equal, gradients within 1e-5, of a bfloat16 current within its rounding."""
+    gradient = torch.randn_like(x)
+    s, *gradients = both(neuron, x, gradient)
+    assert gpu.launched
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "enabled", False)
+        true, *expected = both(neuron, x, gradient)
+    assert torch.equal(s, true) and 0.01 < s.float().mean() < 0.9
+    for a, b in zip(gradients, expected):
+        bound = 1e-5 if a.dtype == torch.float32 else 1e-2
+        assert (a - b).abs().max() <= bound * max(b.abs().max(), 0.1)  # some are 0 but for rounding
+
+
+@pytest.mark.parametrize("neuron", [LIF(), LIF(decay=0.4, gain=0.6, v_reset=-0.2), STAttenLIF(),
+                                    FSTALIF(8, 4, temporal=False, spatial=False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_kernel_each_way_that_loads_sixteen_bytes_at_once(neuron, dtype, monkeypatch):
+    """Which Triton does where it knows addresses and the number of elements to be multiples of 16."""
+    same(neuron, current(4, 2, 8, 4, 4, dtype=dtype), monkeypatch)
+    assert len(gpu.launched) == 2
+    for kernel in gpu.launched:
+        assert kernel.sixteens() == {name for name in kernel.arguments if "ptr" in name or name == "xnumel"}
+
+
+def test_of_an_odd_number_of_elements(monkeypatch):
+    same(LIF(), current(3, 1, 5, 3, 3), monkeypatch)
+    assert len(gpu.launched) == 2
+
+
+@pytest.mark.parametrize("channels_last, dtype", [(True, torch.float32), (True, torch.bfloat16), (False, torch.float32)])
+def test_staa(channels_last, dtype, monkeypatch):
+    """Of what goes over a whole time step, the number of elements is known to be a multiple of 16, as above."""
+    neuron = STAALIF(16, 3, beta=0.3, pe_place="both")
+    with torch.no_grad():
+        for p in neuron.parameters():
+            p += 0.3 * torch.randn_like(p)
+    same(neuron, current(3, 2, 16, 4, 4, dtype=dtype, channels_last=channels_last), monkeypatch)
+    large = [kernel for kernel in gpu.launched if kernel.elements >= 2 * 16 * 4 * 4]
+    assert len(large) > 10 and all("xnumel" in kernel.sixteens() for kernel in large)
+    assert len(gpu.launched) <= 80
