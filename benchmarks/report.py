@@ -84,8 +84,8 @@ def main():
             parts.append(section(json.loads(path.read_text())))
     if not list(HERE.glob("*-cuda.json")):
         parts.append("## GPU\n\nNothing is measured on a GPU yet: `python benchmarks/speed.py --device cuda`, and the "
-                     "same of `scaling.py` and `loader.py`.\nWhat a GPU would compute is tested without one: the kernels "
-                     "that torch.compile writes for an H200 run in Triton's\ninterpreter, on a CPU.\n")
+                     "same of `scaling.py` and `loader.py`.\nWhat a GPU would compute is tested without one: the "
+                     "kernels that torch.compile writes for an H200 run in Triton's\ninterpreter, on a CPU.\n")
     records.write(HERE / "README.md", "\n".join(parts).encode())
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from . import fused, fused_staa
 from .neuron import LIF, over_time, unchanged
-from .settings import bounded, unused
+from .settings import bounded, unused, whole
 
 PE_KINDS = ("learned", "fixed")
 PE_PLACES = ("input", "membrane", "both", "output")
@@ -103,11 +103,12 @@ class GlobalContext(nn.Module):
     """GC block, eqs. 7-10: x (N, C, H, W) + v, where v (N, C, 1, 1) is the context that attention over space picks.
 
     r divides the channels of the query (the paper's scaling coefficient, 4); at least two are left [ours], since
-    LayerNorm over one number is constant. Raises ValueError on r < 1.
+    LayerNorm over one number is constant. Raises ValueError on r < 1, TypeError where it is no whole number.
     """
 
     def __init__(self, channels: int, r: int = 4):
         super().__init__()
+        whole(r=r)
         if r < 1:
             raise ValueError(f"r, the scaling coefficient of GC, must be at least 1, got {r}")
         hidden = max(channels // r, 2)
@@ -162,12 +163,14 @@ class STAALIF(LIF):
     pe_place: where PE is added (Figure 2; the letters are our reading): "input" before aggregation (c, the paper's
         choice), "membrane" (b), "both" with an encoding each (d), "output" after aggregation (e).
     The remaining settings are those of `LIF`; decay and gain are eq. 1's, which is computed without SA only.
-    Raises ValueError on a value that is not allowed, and on a setting of what is off that is not its default.
+    Raises ValueError on a value that is not allowed, and on a setting of what is off that is not its default; TypeError
+    on channels, T or r that is no whole number.
     """
 
     def __init__(self, channels: int, T: int, *, gc: bool = True, pe: bool = True, sa: bool = True, r: int = 4,
                  alpha: float = 2.0, beta: float = 0.1, pe_kind: str = "learned", pe_place: str = "input", **lif):
         super().__init__(**lif)
+        whole(channels=channels, T=T)
         if channels < 1 or T < 1:
             raise ValueError(f"channels and T must be at least 1, got channels={channels} and T={T}")
         bounded(alpha=alpha)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .neuron import LIF
-from .settings import bounded, unused
+from .settings import bounded, unused, whole
 from .surrogate import TANH
 
 
@@ -97,7 +97,8 @@ class FSTALIF(LIF):
     decay, v_th: as in `LIF`. Their neuron fires where U > v_th / 2 and resets to 0.
     slope: of the surrogate, the derivative of tanh(slope (U / v_th - 1/2)), scaled to rise by 1 from U = 0 to U = v_th,
         and 0 elsewhere; in the authors' code 1 with the module and 3 for the plain neuron.
-    Raises ValueError on a value that is not allowed, and on k or reduction without the spatial branch.
+    Raises ValueError on a value that is not allowed, and on k or reduction without the spatial branch; TypeError
+    on T, k or reduction that is no whole number.
     """
 
     surrogate = TANH
@@ -106,6 +107,7 @@ class FSTALIF(LIF):
                  reduction: int = 1, decay: float = 0.25, v_th: float = 1.0, slope: float = 1.0):
         super().__init__(decay=decay, v_th=v_th)
         bounded(slope=slope)
+        whole(T=T, k=k, reduction=reduction)
         if k < 1:
             raise ValueError(f"k, the side of the DCT window, must be at least 1, got {k}")
         if not 1 <= reduction <= k * k:

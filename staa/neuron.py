@@ -28,8 +28,8 @@ class LIF(nn.Module):
     decay, gain: the fixed weights of the membrane potential and of the input (the authors' 0.25 and 1).
     v_th, v_reset: threshold and reset potential, in the unit of the current; the paper's threshold is 1.
     a: width of the surrogate's rectangle, eq. 5.
-    Raises ValueError on decay outside [0, 1], a <= 0, v_th <= v_reset, and a number beyond 1e30; TypeError on a
-    surrogate that is no `Surrogate`.
+    Raises ValueError on decay outside [0, 1], a <= 0, v_th <= v_reset, a number beyond 1e30, and a current
+    without a batch; TypeError on a surrogate that is no `Surrogate`.
 
     A subclass may bring another `surrogate`, with its settings at the end of `numbers()`, and stays fast; one that
     writes `charge` or `fire` anew is computed as written.
@@ -68,6 +68,8 @@ class LIF(nn.Module):
         return self.surrogate.fire(u, *self.numbers()[2:])
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 2:
+            raise ValueError(f"{type(self).__name__} takes a current (T, B, ...), got one of shape {tuple(x.shape)}")
         if self.is_plain() and fused.usable(x, *self.numbers()) and not torch.compiler.is_compiling():
             return fused_lif.lif(x, self.numbers(), self.surrogate)
         hm = torch.full_like(x[0], self.v_reset, dtype=fused.membrane_type(x))

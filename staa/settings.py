@@ -4,6 +4,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable
+from numbers import Integral
 from typing import Any
 
 #: Parameters that every neuron or every network has: none of them is a setting of its own.
@@ -72,6 +73,13 @@ def bounded(**numbers: float) -> None:
     for name, value in numbers.items():
         if not abs(value) <= LARGEST:
             raise ValueError(f"{name} must be a finite number of at most 1e30 in size, got {value}")
+
+
+def whole(**numbers: int) -> None:
+    """Refuse a size or a count that is no whole number."""
+    for name, value in numbers.items():
+        if not isinstance(value, Integral):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
 
 
 def unused(neuron: type, where: str, **given) -> None:

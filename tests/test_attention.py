@@ -3,6 +3,7 @@
 import math
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -236,6 +237,16 @@ def test_a_default_may_be_written_out_where_it_does_nothing():
 def test_bad_sizes(channels, steps):
     with pytest.raises(ValueError, match="at least 1"):
         STAALIF(channels, steps)
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: STAALIF("8", 4), "channels must be a whole number, got '8'"),
+    (lambda: STAALIF(8, 4.0), "T must be a whole number, got 4.0"),
+    (lambda: STAALIF(8, 4, r=2.5), "r must be a whole number, got 2.5")])
+def test_sizes_that_are_no_whole_numbers(make, words):
+    with pytest.raises(TypeError, match=f"^{words}$"):
+        make()
+    STAALIF(np.int64(8), np.int64(4), r=np.int64(2))
 
 
 @pytest.mark.parametrize("shape", [(T + 1, B, C, H, W), (T, B, C + 1, H, W), (B, C, H, W)])

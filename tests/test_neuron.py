@@ -123,6 +123,11 @@ def test_bad_settings(settings, words):
         LIF(**settings)
 
 
+def test_a_current_without_a_batch_is_refused():
+    with pytest.raises(ValueError, match=r"^LIF takes a current \(T, B, ...\), got one of shape \(4,\)$"):
+        LIF()(torch.zeros(4))
+
+
 def test_bad_tau():
     with pytest.raises(ValueError, match="tau must be at least 1"):
         LIF.from_tau(0.5)

@@ -149,6 +149,11 @@ def test_settings_that_are_refused(make, words):
         make()
 
 
+def test_sizes_that_are_no_whole_numbers():
+    with pytest.raises(TypeError, match="^k must be a whole number, got 3.5$"):
+        FSTALIF(4, 2, k=3.5)
+
+
 # --- STAtten ---
 
 def test_the_neuron_by_hand_and_its_reset_is_detached():
