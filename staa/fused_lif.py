@@ -81,7 +81,7 @@ def potentials(x: Tensor, surrogate: Surrogate, decay, gain, v_th, v_reset) -> l
 
 
 def sixteens(x: Tensor) -> Tensor:
-    """x (T, N), on a GPU as (T, N / 16, 16) where that divides: it then knows, and loads 16 bytes at once."""
+    """x (T, N), on a GPU as (T, N / 16, 16) where that divides: so Triton knows it, and loads 16 bytes at once."""
     return x.unflatten(1, (-1, 16)) if fused.on_gpu(x) and x.shape[1] % 16 == 0 else x
 
 

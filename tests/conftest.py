@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ["TRITON_INTERPRET"] = "1"  # for gpu.py, before Triton is imported
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # for gpu.py, before Triton is imported
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -1,4 +1,4 @@
-"""The fast path on a GPU, without one: its Triton kernels, run by Triton's interpreter, against the equations."""
+"""The fast path on a GPU, where there is none: its Triton kernels, run by Triton's interpreter, against the equations."""
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from staa.statten import STAttenLIF
 
 pytest.importorskip("triton", reason="Triton is not there, as on a Mac")
 import gpu  # noqa: E402
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which does not run in an interpreter")
 
 
 @pytest.fixture(autouse=True)
