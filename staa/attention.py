@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from . import fused, fused_staa
 from .neuron import LIF, over_time, unchanged
-from .settings import bounded, unused, whole
+from .settings import bounded, unused, whole_numbers
 
 PE_KINDS = ("learned", "fixed")
 PE_PLACES = ("input", "membrane", "both", "output")
@@ -108,7 +108,7 @@ class GlobalContext(nn.Module):
 
     def __init__(self, channels: int, r: int = 4):
         super().__init__()
-        whole(r=r)
+        whole_numbers(r=r)
         if r < 1:
             raise ValueError(f"r, the scaling coefficient of GC, must be at least 1, got {r}")
         hidden = max(channels // r, 2)
@@ -170,7 +170,7 @@ class STAALIF(LIF):
     def __init__(self, channels: int, T: int, *, gc: bool = True, pe: bool = True, sa: bool = True, r: int = 4,
                  alpha: float = 2.0, beta: float = 0.1, pe_kind: str = "learned", pe_place: str = "input", **lif):
         super().__init__(**lif)
-        whole(channels=channels, T=T)
+        whole_numbers(channels=channels, T=T)
         if channels < 1 or T < 1:
             raise ValueError(f"channels and T must be at least 1, got channels={channels} and T={T}")
         bounded(alpha=alpha)

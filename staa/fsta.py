@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .neuron import LIF
-from .settings import bounded, unused, whole
+from .settings import bounded, unused, whole_numbers
 from .surrogate import TANH
 
 
@@ -107,7 +107,7 @@ class FSTALIF(LIF):
                  reduction: int = 1, decay: float = 0.25, v_th: float = 1.0, slope: float = 1.0):
         super().__init__(decay=decay, v_th=v_th)
         bounded(slope=slope)
-        whole(T=T, k=k, reduction=reduction)
+        whole_numbers(T=T, k=k, reduction=reduction)
         if k < 1:
             raise ValueError(f"k, the side of the DCT window, must be at least 1, got {k}")
         if not 1 <= reduction <= k * k:

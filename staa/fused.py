@@ -23,7 +23,8 @@ from .settings import reason
 
 enabled = os.environ.get("STAA_FUSED", "1").lower() not in ("0", "false", "off", "no")
 
-#: Elements, of at most 64 channels, from which a current is worth the seconds that compiling takes, once per process.
+#: Elements, of at most 64 channels, from which a current is worth the seconds that compiling takes: once per process,
+#: and for STAA on a GPU once for each size of a feature map.
 WORTH_COMPILING = 2 ** 21
 
 
@@ -65,7 +66,7 @@ def set_limits() -> None:
     """torch's settings for compiling, which hold in one thread: a GPU's backward pass has its own."""
     if not hasattr(_here, "set"):
         limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, 256)  # each T is compiled for once more
+        limits.recompile_limit = max(limits.recompile_limit, 256)  # for each T, and on a GPU for sizes, once more
         torch.fx.experimental._config.use_duck_shape = False  # sizes that happen to agree would be taken for one
         _here.set = True
 

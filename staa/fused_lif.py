@@ -35,7 +35,7 @@ class _LIF(torch.autograd.Function):
         s = empty_for_rows(x, ctx.last)
         rows, s_rows = flat(x, ctx.last), flat(s, ctx.last)
         if ctx.compiles:
-            _lif(sixteens(rows), sixteens(s_rows).unbind(), *as_compiled(numbers, x), surrogate)
+            _lif(sixteens(rows), rows_of(sixteens(s_rows)), *as_compiled(numbers, x), surrogate)
         else:
             _lif_sliced(rows, s_rows, surrogate, *numbers)
         return s
@@ -48,7 +48,7 @@ class _LIF(torch.autograd.Function):
         rows, ds, dx_rows = flat(x, ctx.last), flat(grad, ctx.last), flat(dx, ctx.last)
         if ctx.compiles:
             rows, ds, dx_rows = map(sixteens, (rows, ds, dx_rows))
-            _lif_backward(rows, ds, dx_rows.unbind(), *as_compiled(ctx.numbers, x), ctx.surrogate)
+            _lif_backward(rows, ds, rows_of(dx_rows), *as_compiled(ctx.numbers, x), ctx.surrogate)
         else:
             _lif_sliced_backward(rows, ds, dx_rows, ctx.surrogate, *ctx.numbers)
         return dx, None, None
@@ -83,6 +83,11 @@ def potentials(x: Tensor, surrogate: Surrogate, decay, gain, v_th, v_reset) -> l
 def sixteens(x: Tensor) -> Tensor:
     """x (T, N), on a GPU as (T, N / 16, 16) where that divides: so Triton knows it, and loads 16 bytes at once."""
     return x.unflatten(1, (-1, 16)) if fused.on_gpu(x) and x.shape[1] % 16 == 0 else x
+
+
+def rows_of(x: Tensor) -> Sequence[Tensor]:
+    """The rows of x. Those of `sixteens` in tensors that begin there: where a view does, the compiler does not know."""
+    return [torch.from_dlpack(row) for row in x.unbind()] if x.dim() > 2 else x.unbind()
 
 
 # Results go into rows that are there: on a GPU, `torch.stack` would compute U anew for each row.

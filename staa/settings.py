@@ -75,10 +75,10 @@ def bounded(**numbers: float) -> None:
             raise ValueError(f"{name} must be a finite number of at most 1e30 in size, got {value}")
 
 
-def whole(**numbers: int) -> None:
+def whole_numbers(**numbers: int) -> None:
     """Refuse a size or a count that is no whole number."""
     for name, value in numbers.items():
-        if not isinstance(value, Integral):
+        if not isinstance(value, Integral) or isinstance(value, bool):
             raise TypeError(f"{name} must be a whole number, got {value!r}")
 
 

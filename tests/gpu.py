@@ -3,7 +3,8 @@ on the CPU's tensors.
 
 torch has no setting for this. Of each graph that Inductor gets, the tensors are said to lie on a GPU, what asks the
 driver is answered here, and the module that Inductor writes is run with its kernels in the interpreter. Triton has to be
-imported with TRITON_INTERPRET=1 in the environment, which conftest.py sees to.
+imported with TRITON_INTERPRET=1 in the environment, which conftest.py sees to. Not run are what launches a kernel on a
+GPU, with the sizes of its blocks, NVIDIA's own functions, and what Inductor does about arguments that are not aligned.
 """
 
 import contextlib
@@ -18,12 +19,13 @@ import triton.language as tl
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import scheduler
 from torch._inductor.async_compile import AsyncCompile
-from torch._inductor.codecache import PyCodeCache
+from torch._inductor.codecache import CacheBase, PyCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.fx_passes import fuse_attention
 from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers, triton_heuristics
+from torch._inductor.runtime.hints import DeviceProperties
 from torch.fx.node import map_aggregate
 from triton.backends.compiler import GPUTarget
 
@@ -64,7 +66,8 @@ class Kernel:
 
 def backend(graph, inputs):
     """For torch.compile(backend=...)."""
-    with torch._functorch.config.patch(enable_autograd_cache=False):  # it would hand out what the CPU runs
+    caches = torch._functorch.config.patch(enable_autograd_cache=False), torch._inductor.config.patch(fx_graph_cache=False)
+    with caches[0], caches[1]:  # they would hand out what the CPU runs
         return compile_fx(graph, inputs, inner_compile=compiled)
 
 
@@ -100,7 +103,8 @@ def stop(code, written: list):
 def moved(x):
     if isinstance(x, torch.Tensor):
         with x.fake_mode:
-            return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=GPU)
+            y = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=GPU)
+            return y.as_strided(x.size(), x.stride(), x.storage_offset())  # which decides about alignment
     return GPU if x == torch.device("cpu") else x
 
 
@@ -144,3 +148,5 @@ def pretended():
         for where, names in answers.items():
             stack.enter_context(mock.patch.multiple(where, **names))
         yield
+    for cached in (CacheBase.get_system, DeviceProperties.create):  # they have seen a GPU
+        getattr(cached, "cache_clear", lambda: None)()

@@ -242,6 +242,7 @@ def test_bad_sizes(channels, steps):
 @pytest.mark.parametrize("make, words", [
     (lambda: STAALIF("8", 4), "channels must be a whole number, got '8'"),
     (lambda: STAALIF(8, 4.0), "T must be a whole number, got 4.0"),
+    (lambda: STAALIF(8, 4, r=True), "r must be a whole number, got True"),
     (lambda: STAALIF(8, 4, r=2.5), "r must be a whole number, got 2.5")])
 def test_sizes_that_are_no_whole_numbers(make, words):
     with pytest.raises(TypeError, match=f"^{words}$"):

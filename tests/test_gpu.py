@@ -63,7 +63,7 @@ def same(neuron, x, monkeypatch):
                                     FSTALIF(8, 4, temporal=False, spatial=False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_kernel_each_way_that_loads_sixteen_bytes_at_once(neuron, dtype, monkeypatch):
-    """Which Triton does where it knows addresses and the number of elements to be multiples of 16."""
+    """Which Triton does, by its own rule, where it knows addresses and the number of elements to be multiples of 16."""
     same(neuron, current(4, 2, 8, 4, 4, dtype=dtype), monkeypatch)
     assert len(gpu.launched) == 2
     for kernel in gpu.launched:
