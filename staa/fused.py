@@ -66,7 +66,7 @@ def set_limits() -> None:
     """torch's settings for compiling, which hold in one thread: a GPU's backward pass has its own."""
     if not hasattr(_here, "set"):
         limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, 256)  # for each T, and on a GPU for sizes, once more
+        limits.recompile_limit = max(limits.recompile_limit, 64)  # for each T, and on a GPU for sizes, once more
         torch.fx.experimental._config.use_duck_shape = False  # sizes that happen to agree would be taken for one
         _here.set = True
 

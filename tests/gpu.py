@@ -66,8 +66,8 @@ class Kernel:
 
 def backend(graph, inputs):
     """For torch.compile(backend=...)."""
-    caches = torch._functorch.config.patch(enable_autograd_cache=False), torch._inductor.config.patch(fx_graph_cache=False)
-    with caches[0], caches[1]:  # they would hand out what the CPU runs
+    with (torch._functorch.config.patch(enable_autograd_cache=False),  # it would hand out what the CPU runs
+          torch._inductor.config.patch(fx_graph_cache=False)):
         return compile_fx(graph, inputs, inner_compile=compiled)
 
 
@@ -147,6 +147,6 @@ def pretended():
     with contextlib.ExitStack() as stack:
         for where, names in answers.items():
             stack.enter_context(mock.patch.multiple(where, **names))
+        for cached in (CacheBase.get_system, DeviceProperties.create):  # they will have seen a GPU
+            stack.callback(cached.cache_clear)
         yield
-    for cached in (CacheBase.get_system, DeviceProperties.create):  # they have seen a GPU
-        getattr(cached, "cache_clear", lambda: None)()

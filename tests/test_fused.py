@@ -510,7 +510,7 @@ def test_torchs_settings_hold_in_every_thread():
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [(256, False)]
+    assert seen == [(64, False)]
 
 
 @pytest.mark.parametrize("neuron", [LIF(), STAALIF(3, 2, beta=0.0)])
