@@ -34,11 +34,16 @@ def view(augment):
     return data.View(Noise(), range(COUNT), data.transform("cifar10", 32, augment))
 
 
+def endless(augment):
+    while True:
+        yield from data.batches(view(augment), BATCH, shuffle=True)
+
+
 def share(device, rounds) -> dict:
     """Loading one batch, and a step on it, in milliseconds."""
     found, net = {}, network("staa", device)
     for augment in ("standard", "autoaugment"):
-        batches = iter(data.batches(view(augment), BATCH, shuffle=True))
+        batches = endless(augment)
         x, labels = next(batches)
         step = training_step(net, x.to(device, memory_format=torch.channels_last), labels.to(device))
         times = interleaved({"load": lambda batches=batches: next(batches), "step": step}, device, rounds)

@@ -39,9 +39,15 @@ class PositionEncoding(nn.Module):
         if kind not in PE_KINDS:
             raise ValueError(f"pe_kind must be one of {', '.join(PE_KINDS)}, got {kind!r}")
         if kind == "learned":
-            self.weight = nn.Parameter(torch.zeros(T, channels))
+            self.weight = nn.Parameter(torch.empty(T, channels))
         else:
-            self.register_buffer("weight", sinusoid(T, channels), persistent=False)
+            self.register_buffer("weight", torch.empty(T, channels), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        learned = isinstance(self.weight, nn.Parameter)
+        with torch.no_grad():
+            self.weight.zero_() if learned else self.weight.copy_(sinusoid(*self.weight.shape))
 
     def extra_repr(self) -> str:
         return "T={}, channels={}, ".format(*self.weight.shape) + (
@@ -73,12 +79,19 @@ def without_autocast(device: str) -> AbstractContextManager:
 
 class Pointwise(nn.Conv2d):
     """1x1 convolution. Like `Norm` it computes in the type of x: attention stays float32 where a whole network was made
-    bf16."""
+    bf16. from_zero: it starts at zero."""
 
     bias: Tensor
 
-    def __init__(self, channels: int, out: int):
+    def __init__(self, channels: int, out: int, from_zero: bool = False):
+        self.from_zero = from_zero  # Conv2d resets its parameters
         super().__init__(channels, out, 1)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # in any case: a seed's numbers stay those of the other blocks
+        if self.from_zero:
+            nn.init.zeros_(self.weight)
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -86,10 +99,6 @@ class Pointwise(nn.Conv2d):
     def per_channel(self, x: Tensor) -> Tensor:
         """The same for what has no space, (..., C); as a convolution it would cost a tenfold of its time."""
         return F.linear(x, self.weight.flatten(1).to(x.dtype), self.bias.to(x.dtype))
-
-    def zero(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
 
 
 class Norm(nn.LayerNorm):
@@ -115,8 +124,7 @@ class GlobalContext(nn.Module):
         self.key = Pointwise(channels, 1)
         self.query = Pointwise(channels, hidden)
         self.norm = Norm(hidden)
-        self.value = Pointwise(hidden, channels)
-        self.value.zero()  # as in GCNet: the block starts as the identity
+        self.value = Pointwise(hidden, channels, from_zero=True)  # as in GCNet: the block starts as the identity
 
     def forward(self, x: Tensor) -> Tensor:
         k = self.key(x).flatten(2).softmax(-1)                                # (N, 1, HW), eq. 7
@@ -134,8 +142,8 @@ class StepAttention(nn.Module):
         hidden = max(channels // 4, 1)
         self.alpha = alpha
         self.squeeze = Pointwise(channels, hidden)
-        self.excite = Pointwise(hidden, channels)
-        self.excite.zero()  # our reading of "initial speed": M starts at alpha / 2
+        # Our reading of "initial speed": M starts at alpha / 2.
+        self.excite = Pointwise(hidden, channels, from_zero=True)
 
     def forward(self, hm: Tensor, x: Tensor) -> Tensor:
         pooled = (hm + x).mean((-2, -1), keepdim=True)
@@ -231,13 +239,15 @@ class STAALIF(LIF):
 
     def draw(self, device: torch.device) -> Tensor | None:
         """TSRD: the time steps (T,) that drop the aggregator, or None where none does. The CPU's generator draws, and
-        the mask is filled where it lies, so that a GPU is never waited for; in a network that is compiled as a whole,
-        under torch.func, and where tensors are fake, there is always a mask, since a choice would break it."""
+        the mask is filled where it lies, so that a GPU is never waited for; in a network that is compiled as a whole or
+        captured as a CUDA graph, which would repeat one choice for ever, under torch.func, and where tensors are fake,
+        there is always a mask."""
         if not (self.training and self.beta):
             return None
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+                or device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return torch.rand(self.T, device=device) < self.beta
-        drawn = torch.rand(self.T) < self.beta
+        drawn = torch.rand(self.T, device="cpu") < self.beta
         if type(drawn) is not Tensor:
             return drawn.to(device)
         if not drawn.any():
@@ -250,7 +260,7 @@ class STAALIF(LIF):
     def _reference(self, x: Tensor, dropped: Tensor | None) -> Tensor:
         pe_membrane, pe_output = (None if pe is None else pe.per_step() for pe in (self.pe_membrane, self.pe_output))
         attended = self.attend(x)
-        hm = torch.full_like(x[0], self.v_reset)
+        hm = torch.zeros_like(x[0]) + self.v_reset
         spikes = []
         for t, (x_t, xa_t) in enumerate(zip(x.unbind(), attended.unbind())):
             u = self.mix(hm if pe_membrane is None else hm + pe_membrane[t], xa_t)
@@ -262,18 +272,25 @@ class STAALIF(LIF):
         return over_time(spikes)
 
     def _fused(self, x: Tensor, dropped: Tensor | None, alpha: float) -> Tensor:
-        """The same in few passes over memory: see `fused_staa`."""
+        """The same in few passes over memory: see `fused_staa`. The blocks' tensors are asked for by attribute, since
+        DataParallel and FSDP put plain ones in the parameters' place."""
         kind, kept = fused.membrane_type(x), None if dropped is None else ~dropped
-        parameters = {f"{block}.{name}": p.to(kind).view(p.shape[:2]) for block, child in self.named_children()
-                      for name, p in (*child.named_parameters(), *child.named_buffers())}
+        parameters = {}
+        for block, module in self.named_modules(remove_duplicate=False):
+            for name in ("weight", "bias") if block else ():
+                if (p := getattr(module, name, None)) is not None:
+                    parameters[f"{block}.{name}"] = p.to(kind).view(p.shape[:2])
         return fused_staa.staa(x, parameters, kept, (alpha, *self.numbers()), self.surrogate)
 
     def is_plain(self) -> bool:
-        """As in LIF; and no block is another's, or has anybody who listens: `fused` does not call them as modules."""
-        inner = [module for child in self.children() for module in child.modules()]
-        own = super().is_plain() and unchanged(self, STAALIF, "attend", "mix")
-        return own and (self.gc is None or self.gc.norm.eps == 1e-5) and all(type(m) in BLOCKS and not (
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks) for m in inner)
+        """As in LIF; and no block is another's, is changed, or has anybody who listens: `fused` calls none as a module.
+        """
+        def is_ours(m: nn.Module) -> bool:
+            return (type(m) in BLOCKS and "forward" not in m.__dict__ and getattr(m, "eps", 1e-5) == 1e-5 and not (
+                m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks))
+
+        return super().is_plain() and unchanged(self, STAALIF, "attend", "mix") and all(
+            is_ours(m) for child in self.children() for m in child.modules())
 
     def extra_repr(self) -> str:
         own = super().extra_repr() if self.sa is None else f"v_th={self.v_th}, v_reset={self.v_reset}, a={self.a}"

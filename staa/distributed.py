@@ -9,6 +9,7 @@ parameter without a gradient. One sum over all gradients does.
 """
 
 import atexit
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import BatchSampler, DataLoader, default_collate
 
-from .settings import Error
+from .settings import Error, reason
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -32,19 +33,23 @@ class PeerError(Error, RuntimeError):
 
 @dataclass(frozen=True)
 class Peers:
-    """The processes that train one run together; this one is number `rank` of `size`. Number 0 alone writes."""
+    """The processes that train one run together; this one is number `rank` of `size`. Number 0 alone writes.
+    gpus: torch's group of them for tensors on GPUs, where the run is there."""
 
     rank: int = 0
     size: int = 1
+    gpus: Any = None
 
     def sum(self, x: Tensor) -> Tensor:
         """x, in place, summed over the processes. Raises PeerError where one of them has ended."""
         if self.size > 1:
             try:
-                dist.all_reduce(x)
-            except RuntimeError:
-                raise PeerError("another process of this run has ended; start all of them again, and the run goes on "
-                                "after its last whole epoch.") from None
+                dist.all_reduce(x, group=self.gpus if x.is_cuda else None)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise PeerError(f"another process of this run has ended or cannot be reached ({reason(error)}); start "
+                                "all of them again, and the run goes on after its last whole epoch.") from None
         return x
 
     def first(self, work: Callable[[], Any]) -> Any:
@@ -59,8 +64,9 @@ class Peers:
                 outcome[1] = error
         try:
             dist.broadcast_object_list(outcome)
-        except RuntimeError:
-            raise PeerError("process 0 of this run has ended; start all of them again.") from None
+        except RuntimeError as error:
+            raise PeerError(f"process 0 of this run has ended or cannot be reached ({reason(error)}); start all of "
+                            "them again.") from None
         if outcome[1]:
             raise outcome[1]
         return outcome[0]
@@ -90,11 +96,12 @@ class Peers:
                           collate_fn=_collate)
 
     def synchronise(self, network: Network, device: torch.device) -> Network:
-        """Let BN see the images of all processes. torch's own SyncBatchNorm, which needs a GPU, or ours."""
+        """Let BN see the images of all processes: torch's own SyncBatchNorm, which needs a GPU and makes the host wait
+        for it in every layer, or ours."""
         if self.size == 1:
             return network
         if device.type == "cuda":
-            return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+            return nn.SyncBatchNorm.convert_sync_batchnorm(network, self.gpus)
         for module in list(network.modules()):
             for name, child in module.named_children():
                 if isinstance(child, _BatchNorm):
@@ -159,7 +166,7 @@ class _SyncBatchNorm(_BatchNorm):
         over, shape, given = (0, *range(2, x.dim())), (1, -1, *[1] * (x.dim() - 2)), x.dtype
         x = x.float()
         sums = _Sum.apply(torch.cat([x.sum(over), x.new_full((1,), x.numel() / x.shape[1])]), self.peers)
-        n = sums[-1].detach()  # a tensor: its number would make the host wait for a GPU
+        n = sums[-1].detach()
         mean = sums[:-1] / n
         centred = x - mean.view(shape)
         var = _Sum.apply(centred.square().sum(over), self.peers) / n
@@ -211,6 +218,13 @@ def join(device: torch.device) -> Peers:
         return ALONE
     if not dist.is_initialized():
         # A peer that waits for the lock of a run, or loads data, is slow and not lost: gloo notices a dead one at once.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
         atexit.register(dist.destroy_process_group)
-    return Peers(dist.get_rank(), dist.get_world_size())
+    return Peers(dist.get_rank(), dist.get_world_size(), group_of_gpus() if device.type == "cuda" else None)
+
+
+@functools.cache
+def group_of_gpus() -> Any:
+    """NCCL's, which notices a dead one by the time that passes only: between two sums that is one of loading a batch,
+    or of compiling."""
+    return dist.new_group(backend="nccl", timeout=timedelta(minutes=30))

@@ -45,7 +45,7 @@ class firing_rates:
         rates()              # {"stem.1": 0.12, ...}
         rates(by_step=True)  # {"stem.1": [0.08, 0.13, 0.14, 0.13], ...}: one number a time step
 
-    rates() raises ValueError where the network has no neuron.
+    rates() raises ValueError where the network has no neuron, or none of them ran.
     """
 
     def __init__(self, network: nn.Module):
@@ -67,6 +67,9 @@ class firing_rates:
     def __call__(self, by_step: bool = False) -> dict[str, float] | dict[str, list[float]]:
         if not self.layers:  # said only here: what merely runs inside, as in training, needs none
             raise ValueError(f"firing rates are those of LIF neurons, and this {self.of} has none")
+        if not any(self.count.values()):
+            raise ValueError(f"no neuron of this {self.of} was seen to run: call the network inside the context, and "
+                             "where it was compiled, the network that was handed to torch.compile")
         if by_step:
             return {name: (s * len(s) / max(self.count[name], 1)).tolist() for name, s in self.spikes.items()}
         return {name: float(s.sum()) / max(self.count[name], 1) for name, s in self.spikes.items()}

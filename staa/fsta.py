@@ -29,7 +29,7 @@ def dct(k: int) -> Tensor:
     n = torch.arange(k, dtype=torch.float64)
     basis = (math.pi * n[:, None] * (2 * n + 1) / (2 * k)).cos() * math.sqrt(2 / k)
     basis[0] /= math.sqrt(2)
-    return basis.float()
+    return basis.to(torch.get_default_dtype())
 
 
 class DCT(nn.Module):
@@ -41,7 +41,11 @@ class DCT(nn.Module):
     def __init__(self, k: int):
         super().__init__()
         self.k = k
-        self.register_buffer("basis", torch.kron(dct(k), dct(k)), persistent=False)  # (k*k, k*k)
+        self.register_buffer("basis", torch.empty(k * k, k * k), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.basis.copy_(torch.kron(dct(self.k), dct(self.k)))
 
     def forward(self, x: Tensor) -> Tensor:
         windows = F.unfold(F.pad(x, 2 * ((self.k - 1) // 2, self.k // 2)), self.k)  # (B, k*k, HW)
@@ -65,8 +69,13 @@ class TemporalAmplitude(nn.Module):
 
     def __init__(self, T: int):
         super().__init__()
-        self.alpha, self.beta = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.5))
+        self.alpha, self.beta = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(()))
         self.mix = nn.Linear(T, T, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.alpha, 0.5)
+        nn.init.constant_(self.beta, 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         m = self.alpha * x.mean((-2, -1)) + self.beta * x.amax((-2, -1))    # (T, B, C)
@@ -123,7 +132,13 @@ class FSTALIF(LIF):
         self.spatial = SpatialFrequency(k, reduction) if spatial else None
         self.gates = temporal + 3 * spatial  # multiplications of each number of X by g, a, t and s
         if spatial:
-            self.t, self.s = nn.Parameter(torch.tensor(0.6)), nn.Parameter(torch.tensor(0.5))
+            self.t, self.s = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.spatial is not None:
+            nn.init.constant_(self.t, 0.6)
+            nn.init.constant_(self.s, 0.5)
 
     @classmethod
     def from_tau(cls, tau: float, *sizes: int, **settings) -> LIF:

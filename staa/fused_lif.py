@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from . import fused
 from .fused import (
@@ -87,7 +88,9 @@ def sixteens(x: Tensor) -> Tensor:
 
 def rows_of(x: Tensor) -> Sequence[Tensor]:
     """The rows of x. Those of `sixteens` in tensors that begin there: where a view does, the compiler does not know."""
-    return [torch.from_dlpack(row) for row in x.unbind()] if x.dim() > 2 else x.unbind()
+    if x.dim() == 2:
+        return x.unbind()
+    return [from_dlpack(to_dlpack(row)) for row in x.unbind()]  # a tensor itself: only of the current GPU
 
 
 # Results go into rows that are there: on a GPU, `torch.stack` would compute U anew for each row.

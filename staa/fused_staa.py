@@ -143,7 +143,8 @@ class _Compiled(torch.autograd.Function):
     @first_derivative
     def backward(ctx, ds):
         x, *values = ctx.saved_tensors
-        dx, dvalues = _backward(ds.contiguous(), x, *ctx.how, values)
+        with torch.autocast(x.device.type, enabled=False):  # as it was on the way forward, see `STAALIF`
+            dx, dvalues = _backward(ds.contiguous(), x, *ctx.how, values)
         return dx, *[None] * 5, *dvalues
 
 

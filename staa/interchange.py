@@ -73,6 +73,8 @@ def check(network: SpikingNetwork) -> None:
     """Refuse what is no VGG or ResNet of plain LIF neurons."""
     if not isinstance(network, (VGG, ResNet)):
         raise InterchangeError(f"VGG and ResNet are exported to NIR, and this is a {type(network).__name__}")
+    if type(network.head) is not nn.Linear or network.head.bias is None:
+        raise InterchangeError(f"head must be a Linear with a bias, and is a {type(network.head).__name__}")
     for name, layer in neurons(network).items():
         kind = type(layer).__name__
         if type(layer) is not LIF and next(layer.children(), None) is not None:
@@ -138,10 +140,14 @@ class Export:
         for k, (child, layer) in enumerate(layers):
             place = f"{name}.{child}"
             if isinstance(layer, nn.Conv2d):
-                source = self.node(place, self.conv(layer, layers[k + 1][1], self.shapes[source]), [source])
+                bn = dict(enumerate(layers)).get(k + 1, ("", None))[1]
+                if layer.bias is not None or not is_fixed(bn):
+                    raise InterchangeError(f"{place} must be a convolution without a bias, and after it BN with "
+                                           f"weights and running statistics, and this is {layer} and then {bn}")
+                source = self.node(place, self.conv(layer, bn, self.shapes[source]), [source])
             elif isinstance(layer, nn.AvgPool2d):
                 source = self.average(place, layer, source)
-            elif not (isinstance(layer, nn.BatchNorm2d) and k and isinstance(layers[k - 1][1], nn.Conv2d)):
+            elif not (is_fixed(layer) and k and isinstance(layers[k - 1][1], nn.Conv2d)):
                 raise InterchangeError(f"{place} is a {type(layer).__name__}, for which NIR has no node")
         return source
 
@@ -175,6 +181,11 @@ class Export:
         leak = 1 - lif.decay
         return self.nir.LIF(tau=everywhere(self.dt / leak), r=everywhere(lif.gain / leak), v_leak=v_reset,
                             v_threshold=v_threshold, v_reset=v_reset)
+
+
+def is_fixed(layer: Any) -> bool:
+    """Whether this is BN that in evaluation multiplies and adds numbers that it holds."""
+    return isinstance(layer, nn.BatchNorm2d) and layer.weight is not None and layer.running_var is not None
 
 
 def output_shapes(network: SpikingNetwork, x: Tensor) -> dict[str, tuple[int, ...]]:

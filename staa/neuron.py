@@ -72,7 +72,7 @@ class LIF(nn.Module):
             raise ValueError(f"{type(self).__name__} takes a current (T, B, ...), got one of shape {tuple(x.shape)}")
         if self.is_plain() and fused.usable(x, *self.numbers()) and not torch.compiler.is_compiling():
             return fused_lif.lif(x, self.numbers(), self.surrogate)
-        hm = torch.full_like(x[0], self.v_reset, dtype=fused.membrane_type(x))
+        hm = torch.zeros_like(x[0], dtype=fused.membrane_type(x)) + self.v_reset
         spikes = []
         for x_t in x.unbind():  # (B, ...), one time step; indexing x[t] would cost a full-size gradient each
             s, hm = self.fire(self.charge(hm, x_t.to(hm.dtype)))

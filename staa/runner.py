@@ -18,7 +18,7 @@ from .train import run
 
 
 def run_all(configs: list[Config], *, networks: bool = False, log: Callable[[str], None] = print) -> list[Record]:
-    """The records of these runs, in order. On CPU as many at once as cores allow, on a GPU one after the other.
+    """The records of these runs, in order. On CPU as many at once as cores allow, on GPUs one on each.
 
     networks: whether their trained networks are needed as well: what only has a record in data/records without one is
     then trained too.
@@ -30,11 +30,11 @@ def run_all(configs: list[Config], *, networks: bool = False, log: Callable[[str
     once = list(dict.fromkeys(configs))
     found = {config: record for config in once if (record := weights.found(config, networks))}
     missing = [config for config in once if config not in found]
+    if "imagefolder:digits64" in {config.dataset for config in missing}:
+        samples.digit_images()
     if started():  # one run after the other on all of torchrun's processes, which end together where one fails
         return [run(config, network=networks, log=log) for config in configs]
     for dataset in dict.fromkeys(config.dataset for config in missing):
-        if dataset == "imagefolder:digits64":
-            samples.digit_images()
         data.load(dataset, train=True)  # one clear sentence now rather than one from every run
     log(bar(len(found), len(once), "complete before" if found else ""))
     failures = []
@@ -53,7 +53,7 @@ def run_all(configs: list[Config], *, networks: bool = False, log: Callable[[str
 def _outcomes(configs, log, networks):
     """(config, Record or Exception) as each run ends."""
     threads = max((config.threads for config in configs), default=1)
-    jobs = min(1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)) // threads, len(configs))
+    jobs = min(torch.cuda.device_count() or len(os.sched_getaffinity(0)) // threads, len(configs))
     if jobs <= 1:
         for config in configs:
             yield config, attempt(config, log, networks)

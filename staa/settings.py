@@ -21,6 +21,10 @@ class ConfigError(Error, ValueError):
     """A setting that is not allowed; the message is one sentence that says what is."""
 
 
+class TrainingError(Error, RuntimeError):
+    """A run that cannot begin or go on; the message is one sentence."""
+
+
 def one_of(name: str, value, allowed: Iterable[str]) -> None:
     if value not in tuple(allowed):  # a list has no hash
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -32,6 +32,9 @@ class Surrogate(NamedTuple):
 
     def __call__(self, v: Tensor, *settings) -> Tensor:
         """Spikes, 0 or 1, of the type and shape of v."""
+        if torch.jit.is_tracing():  # a function of Python could not be saved: the same in operators
+            slope = self.gradient(v.detach(), *settings) * v
+            return self.fires(v).to(v.dtype) + (slope - slope.detach())
         return _Spike.apply(v, self, settings)
 
     def fire(self, u: Tensor, v_th, v_reset, *settings) -> tuple[Tensor, Tensor]:

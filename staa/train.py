@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import data, memory, records
+from . import data, devices, memory, records
 from .checkpoint import resume, save
 from .config import Config, ConfigError
 from .data import evaluation_set as evaluation_set
@@ -30,45 +30,33 @@ from .optimizer import learning_rate, new_optimizer
 from .records import Record
 from .resident import Loader
 from .settings import Error
+from .settings import TrainingError as TrainingError
 from .weights import found, keep, new_network
 from .weights import trained as trained
-
-
-class TrainingError(Error, RuntimeError):
-    """A run that cannot go on; the message is one sentence."""
 
 
 def run(config: Config, *, device: str | torch.device | None = None, data_root: Path | None = None,
         workers: int | None = None, network: bool = False, log: Callable[[str], None] = print) -> Record:
     """The record of this run, from disk or from training; logs one line an epoch.
 
-    device: "cpu" or "cuda"; by default a GPU where there is one. workers: processes that load data; by default one per
-    core, at most eight, where a GPU sees 5,000 images or 500 recordings of events or more, and else none: starting one
-    costs seconds. Neither changes the outcome on a CPU. network: whether the trained network is needed as well, so that
-    a record in data/records that comes without it does not do. The run lives in runs/NAME: checkpoint.pt after every
-    epoch, at the end record.json and weights.safetensors (weights.pt where safetensors is not installed). Where another
-    process trains the same run, this one waits and reads. Raises DataError, RecordError or TrainingError, one sentence.
+    device: "cpu", "cuda" or "cuda:1"; by default a GPU where there is one, see `staa.devices`. workers: processes that
+    load data; by default one per core, at most eight, where a GPU sees 5,000 images or 500 recordings of events or
+    more, and else none: starting one costs seconds. Neither changes the outcome on a CPU. network: whether the trained
+    network is needed as well, so that a record in data/records that comes without it does not do.
+    The run lives in runs/NAME: checkpoint.pt after every epoch, at the end record.json and weights.safetensors
+    (weights.pt where safetensors is not installed). Where another process trains the same run, this one waits and
+    reads. Raises DataError, RecordError or TrainingError, one sentence.
     """
     if not isinstance(config, Config):
         raise TrainingError(f"run takes a Config, as Config.from_dict makes of a dictionary, got {config!r}.")
     if workers is not None and (type(workers) is not int or workers < 0):
         raise TrainingError(f"workers must be a whole number of at least 0, or None, got {workers!r}.")
-    try:
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, TypeError):
-        raise TrainingError(f"device must be cpu, or cuda where there is a GPU, got {device!r}.") from None
-    if where.type not in ("cpu", "cuda"):
-        raise TrainingError(f"device must be cpu, or cuda where there is a GPU, got {device!r}.")
-    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        raise TrainingError(f"device {where} is not there: torch sees {torch.cuda.device_count()} GPUs.")
-    if where.type == "cuda" and where.index is None and "LOCAL_RANK" in os.environ:
-        where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(where)
-    peers = join(where)
-    if record := peers.first(lambda: found(config, network)):
-        return record
-    place = records.folder("runs") / config.name
     with ExitStack() as held:
+        where = devices.choose(device, held)
+        peers = join(where)
+        if record := peers.first(lambda: found(config, network)):
+            return record
+        place = records.folder("runs") / config.name
         peers.first(lambda: hold(held, place, lambda: log(f"{config}: another process trains this run, waiting for its "
                                                           "record")))
         done = peers.first(lambda: found(config, network))
@@ -77,9 +65,11 @@ def run(config: Config, *, device: str | torch.device | None = None, data_root: 
 
 
 def hold(held: ExitStack, place: Path, on_wait: Callable[[], None]) -> None:
-    """Hold a run's folder, made if need be, until `held` ends."""
+    """Hold a run's folder, made if need be, until `held` ends; what a killed process was about to write goes."""
     try:
         held.enter_context(records.alone(place / "lock", on_wait))
+        for unfinished in place.glob(".*"):
+            unfinished.unlink()
     except OSError as error:
         raise records.RecordError(f"the runs folder {place.parent} cannot be used ({error.strerror or error}); "
                                   "set STAA_RUNS to one that can be written.") from None
@@ -127,7 +117,7 @@ def _train(config: Config, place: Path, device, data_root, workers, log, peers: 
                             "choose another batch_size or train_images.")
     if workers is None:
         few = device.type == "cpu" or len(indices) < (500 if data.describe(config.dataset).sensor else 5_000)
-        workers = 0 if few else min(len(os.sched_getaffinity(0)), 8)
+        workers = 0 if few else min(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8)
     if device.type == "cpu":
         memory.keep_freed()
     with own_state(config, device):

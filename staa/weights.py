@@ -202,10 +202,13 @@ def save_pretrained(network: SpikingNetwork, folder: Path | str) -> None:
     network: one that knows its config: from `load`, `from_pretrained`, `staa.train.trained`, or trained by you and
     made by `staa.weights.new_network(config, classes)`. Raises RecordError where it does not, or no longer fits it.
     """
+    network = getattr(network, "_orig_mod", network)  # inside what torch.compile gives
     config = getattr(network, "config", None)
     if not isinstance(config, Config):
         raise RecordError("this network does not know its config: make it with staa.weights.new_network(config, "
                           "classes).")
+    if not isinstance(network.head, nn.Linear):
+        raise RecordError(f"the head is a {type(network.head).__name__}, and its config makes it a Linear.")
     classes = network.head.out_features
     made = dict(skeleton(lambda: new_network(config, classes)).named_modules())
     for name, module in network.named_modules():
@@ -219,7 +222,7 @@ def save_pretrained(network: SpikingNetwork, folder: Path | str) -> None:
 
 def plain(module: nn.Module | None) -> dict[str, Any]:
     """The settings that a module was made with, as far as they are numbers or words."""
-    return {name: value for name, value in vars(module or nn.Identity()).items()
+    return {name: value for name, value in ({} if module is None else vars(module)).items()
             if isinstance(value, (int, float, str)) and name != "training"}
 
 

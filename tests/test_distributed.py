@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from staa.config import Config
-from staa.distributed import ALONE, PeerError, Statistics
+from staa.distributed import ALONE, PeerError, Peers, Statistics
 from staa.records import Record
 from staa.train import TrainingError, gradient, run
 
@@ -120,6 +120,27 @@ def test_torchrun_ends_with_a_killed_process_and_then_goes_on(root):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert epochs_of(done.stdout.splitlines()) == [2] and done.stdout.count(config.name) == 1
+
+
+@pytest.mark.parametrize("error, raised, said", [
+    (RuntimeError("NCCL error: Duplicate GPU detected\nrank 0"), PeerError, "(NCCL error: Duplicate GPU detected)"),
+    (torch.OutOfMemoryError("CUDA out of memory."), torch.OutOfMemoryError, "CUDA out of memory.")])
+def test_why_processes_cannot_sum_is_said(monkeypatch, error, raised, said):
+    def fails(x, group=None):
+        raise error
+    monkeypatch.setattr(torch.distributed, "all_reduce", fails)
+    with pytest.raises(raised) as caught:
+        Peers(0, 2).sum(torch.ones(1))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_item_on_embedded_images_needs_no_preparation(root):
+    """Both processes may be the first to want them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+               "staa.items", "train", "table2", "epochs=1", "width=0.03125", "train_images=32", "T=1"]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_microbatch_of_the_whole_batch_changes_nothing(root):

@@ -252,6 +252,33 @@ def test_autocast_does_not_reach_the_membrane():
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_autocast_around_the_backward_pass_does_not_reach_what_is_computed_anew(way):
+    fused.WORTH_COMPILING = WAYS[way]
+    neuron, gradients = shaken(STAALIF(8, 4, beta=0.0)), []
+    for where in (False, True):
+        x = current((4, 2, 8, 6, 6), torch.float32).requires_grad_()
+        s = neuron(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=where):
+            s.backward(current(s.shape, torch.float32, seed=1))
+        gradients.append(x.grad)
+    outside, inside = gradients
+    rounding = 1e-6 if way == "compiled" else 1e-2  # torch's own backward pass computes in bf16 there
+    torch.testing.assert_close(inside, outside, rtol=0, atol=rounding * outside.abs().max().item())
+
+
+def test_rows_that_begin_aligned_need_no_current_gpu(monkeypatch):
+    """torch refuses to hand out a tensor of another GPU than the current one; we have no use for that."""
+    def refused(self, **_):
+        raise BufferError("Can't export tensors on a different CUDA device index")
+    monkeypatch.setattr(torch.Tensor, "__dlpack__", refused)
+    x = torch.arange(96.0).view(3, 2, 16)
+    rows = fused_lif.rows_of(x)
+    assert [row.storage_offset() for row in rows] == [0, 0, 0] and torch.equal(torch.stack(rows), x)
+    rows[1][0, 0] = -1.0
+    assert x[1, 0, 0] == -1
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", [(4, 3, 7), (4, 3, 8, 5, 6), (1, 1, 1, 1, 1)])
 def test_other_shapes_and_strides(shape, way):
     fused.WORTH_COMPILING = WAYS[way]

@@ -210,6 +210,20 @@ def test_firing_rates_of_no_neuron_are_refused():
         firing_rates(nn.Sequential(nn.ReLU()))()
 
 
+def test_firing_rates_of_what_did_not_run_are_refused():
+    """As where the network was compiled before: what torch.compile made of it calls no hook."""
+    network, x = build("vgg13", width=1 / 16).eval(), torch.rand(2, 3, 32, 32)
+    compiled = torch.compile(network, backend="eager")
+    compiled(x)
+    with firing_rates(network) as rates:
+        compiled(x)
+    with pytest.raises(ValueError, match="no neuron of this VGG was seen to run: call the network inside"):
+        rates()
+    with firing_rates(network) as rates:
+        network(x)
+    assert max(rates().values()) > 0
+
+
 @pytest.mark.parametrize("arguments, words", [
     (dict(network="resnet50"), "network must be one of vgg13, resnet19"), (dict(neuron="lief"), "neuron must be one of"),
     (dict(T=0), "T must be at least 1"), (dict(num_classes=0), "num_classes"), (dict(in_channels=0), "in_channels"),

@@ -111,6 +111,13 @@ def test_the_export_leaves_the_network_as_it_was():
     assert not any(rates.count.values()) and not any(m._forward_hooks for m in network.modules())
 
 
+def changed(name, layer):
+    network = staa.build("resnet20", "lif", T=2, width=1 / 16)
+    place, _, last = name.rpartition(".")
+    setattr(network.get_submodule(place), last, layer)
+    return network
+
+
 @pytest.mark.parametrize("network, size, said", [
     (lambda: staa.build("resnet20", "staa", T=2, width=1 / 16), 32, "stem.1 is a STAALIF, which NIR cannot express: NIR's "
      "neurons have fixed coefficients, and here attention computes from the data"),
@@ -119,7 +126,15 @@ def test_the_export_leaves_the_network_as_it_was():
     (lambda: staa.build("resnet18", "lif", T=2, width=1 / 16), 32, "stem.2.0 is a MaxPool2d, for which NIR has no node"),
     (lambda: staa.build("statten-2-256", "lif", T=4, width=1 / 8), 32, "VGG and ResNet are exported to NIR, and this is a STAtten"),
     (lambda: staa.build("resnet20", "lif", T=2, width=1 / 16), 18, "pools 2 x 2 of 9 x 9 positions"),
-], ids=["staa", "fsta", "statten's neuron", "max pool", "transformer", "uneven pool"])
+    (lambda: changed("stem.0.1", nn.Identity()), 32, r"stem.0.0 must be a convolution without a bias, and after it BN with "
+     r"weights and running statistics, and this is Conv2d\(.*\) and then Identity\(\)"),
+    (lambda: changed("stem.0.1", nn.BatchNorm2d(4, track_running_stats=False)), 32, "track_running_stats=False"),
+    (lambda: changed("stem.0.1", nn.BatchNorm2d(4, affine=False)), 32, "affine=False"),
+    (lambda: changed("stem.0.0", nn.Conv2d(3, 4, 3, padding=1)), 32, "must be a convolution without a bias"),
+    (lambda: changed("head", nn.Linear(32, 10, bias=False)), 32, "head must be a Linear with a bias"),
+    (lambda: changed("head", nn.Sequential(nn.Linear(32, 10))), 32, "head must be a Linear with a bias"),
+], ids=["staa", "fsta", "statten's neuron", "max pool", "transformer", "uneven pool", "no BN", "BN without statistics",
+        "BN without weights", "a bias", "a head without a bias", "another head"])
 def test_what_nir_cannot_express_is_refused_with_the_reason(tmp_path, network, size, said):
     with pytest.raises(InterchangeError, match=said) as caught:
         write(tmp_path / "network.nir", network(), size)

@@ -1,5 +1,6 @@
 """Neurons and networks under what PyTorch offers a module: other types, torch.func, tracing, export."""
 
+import copy
 import pickle
 
 import pytest
@@ -78,12 +79,110 @@ def test_gradients_per_sample_are_those_of_one_sample_at_a_time(name):
 
 
 def test_parameters_that_are_handed_in_count(fast):
-    """As meta-learning and DataParallel do it: plain tensors in the parameters' place."""
+    """As meta-learning does it: plain tensors in the parameters' place."""
     neuron, other = STAALIF(8, 3).eval(), shaken(STAALIF(8, 3)).eval()
     x = 2 * torch.randn(3, 2, 8, 4, 4)
     handed_in = {n: p.detach() for n, p in other.named_parameters()}
     spikes = torch.func.functional_call(neuron, handed_in, (x,))
     assert torch.equal(spikes, other(x)) and not torch.equal(spikes, neuron(x))
+
+
+@pytest.mark.parametrize("settings", SETTINGS + [dict(pe_kind="fixed", pe_place="output")])
+def test_plain_tensors_in_the_parameters_place_count(settings, fast):
+    """As DataParallel and FSDP do it: attributes, which are no parameters of the module."""
+    neuron, x = shaken(STAALIF(8, 3, **settings)).eval(), 2 * torch.randn(3, 2, 8, 4, 4)
+    expected, own = neuron(x), dict(neuron.named_parameters())
+    for name, p in own.items():
+        place, _, last = name.rpartition(".")
+        module = neuron.get_submodule(place)
+        delattr(module, last)
+        setattr(module, last, p * 1)
+    spikes = neuron(x)
+    assert torch.equal(spikes, expected) and spikes.any() and not dict(neuron.named_parameters())
+    spikes.sum().backward()
+    assert all(p.grad is not None for p in own.values())
+
+
+def test_a_block_in_two_places_counts_in_both(fast):
+    neuron, x = shaken(STAALIF(8, 3, pe_place="both")).eval(), 2 * torch.randn(3, 2, 8, 4, 4)
+    apart, neuron.pe_membrane = neuron(x), neuron.pe_input
+    two = STAALIF(8, 3, pe_place="both").eval()
+    two.load_state_dict(neuron.state_dict())
+    assert torch.equal(neuron(x), two(x)) and not torch.equal(two(x), apart)
+
+
+def test_a_block_whose_forward_is_replaced_counts(fast):
+    neuron, x = shaken(STAALIF(8, 3)).eval(), 2 * torch.randn(3, 2, 8, 4, 4)
+    without, before = copy.deepcopy(neuron), neuron(x)
+    without.gc = torch.nn.Identity()
+    neuron.gc.forward = lambda x: x
+    assert torch.equal(neuron(x), without(x)) and not torch.equal(neuron(x), before)
+
+
+@pytest.mark.parametrize("order", ["children first", "parents first"])
+@pytest.mark.parametrize("make", [lambda: STAALIF(8, 3), lambda: STAALIF(8, 3, pe_kind="fixed", pe_place="both"),
+                                  lambda: NEURONS["fsta"](8, 3), lambda: NEURONS["fsta"](8, 3, spatial=False)])
+def test_parameters_can_be_reset(make, order):
+    """After `to_empty`, as large models are built, and as anybody starts anew."""
+    neuron, fresh = make().to_empty(device="cpu"), make()
+    for tensor in (*neuron.parameters(), *neuron.buffers()):
+        tensor.data.fill_(torch.nan)
+    torch.manual_seed(5)
+    modules = list(neuron.modules())
+    for module in modules if order == "parents first" else modules[::-1]:
+        getattr(module, "reset_parameters", lambda: None)()
+    named = {**dict(neuron.named_parameters()), **dict(neuron.named_buffers())}
+    for name, tensor in (*fresh.named_parameters(), *fresh.named_buffers()):
+        assert named[name].isfinite().all(), name
+        number = tensor.dim() == 0 or tensor.numel() > 1 and tensor.unique().numel() == 1
+        if number or name in dict(fresh.named_buffers()):  # what does not start at random
+            assert torch.equal(named[name], tensor), name
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("neuron", sorted(NEURONS))
+def test_what_was_traced_can_be_saved_and_trained(neuron, tmp_path):
+    network = shaken(staa.build("vgg13", neuron=neuron, T=2, width=1 / 16)).eval()
+    layer = shaken(NEURONS[neuron](8, T=3)).double().eval()
+    for module, shape in (network, (2, 2, 3, 32, 32)), (layer, (2, 3, 2, 8, 5, 5)):
+        x, other = 2 * torch.rand(shape, dtype=next(module.parameters(), torch.zeros((), dtype=torch.float64)).dtype)
+        torch.jit.trace(module, x).save(tmp_path / "traced.pt")
+        again = torch.jit.load(tmp_path / "traced.pt")
+        assert torch.equal(again(other), module(other)) and other.any()
+    gradients = []
+    for module in (layer, again):
+        current = other.clone().requires_grad_()
+        module(current).cumsum(0).square().sum().backward()
+        gradients.append([current.grad, *(p.grad for p in module.parameters())])
+    for ours, traced in zip(*gradients, strict=True):
+        torch.testing.assert_close(traced, ours)
+    assert gradients[0][0].any()
+
+
+@pytest.mark.parametrize("name", sorted(NEURONS))
+def test_a_neuron_in_another_default_type_or_on_another_default_device(name, fast):
+    x = 2 * torch.randn(3, 2, 8, 4, 4, dtype=torch.float64)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert NEURONS[name](8, T=3)(x).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        settings = {"beta": 0.5} if name == "staa" else {}
+        assert NEURONS[name](8, T=3, **settings)(torch.empty(3, 2, 8, 4, 4)).shape == x.shape
+
+
+def test_a_reset_potential_can_be_learned():
+    class Learned(staa.LIF):
+        def __init__(self):
+            super().__init__(v_reset=-0.4)
+            self.v_reset = torch.nn.Parameter(torch.tensor(-0.4))
+
+    learned, x = Learned(), 2 * torch.randn(3, 2, 8)
+    spikes = learned(x)
+    assert torch.equal(spikes, staa.LIF(v_reset=-0.4)(x))
+    spikes.sum().backward()
+    assert learned.v_reset.grad != 0
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
@@ -149,4 +248,5 @@ def test_a_network_of_somebodys_local_neuron_can_be_pickled():
 def test_there_is_room_for_many_time_steps_among_what_is_compiled():
     """Each T is compiled for by itself, and beyond torch's limit of eight a function runs as slowly as it stands."""
     if fused.compiler("cpu"):
+        fused.set_limits()
         assert torch._dynamo.config.recompile_limit >= 64

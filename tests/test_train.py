@@ -59,6 +59,15 @@ def interrupted(epoch, config=SMALL):
         run(config, device="cpu", workers=0, log=stop_after(epoch))
 
 
+def test_what_a_killed_process_was_about_to_write_goes(root):
+    """It bears a name of its own each time, and a checkpoint of a wide network is large."""
+    place(root).mkdir(parents=True)
+    for name in (".checkpoint.pt.k2x7", ".record.json.9abc"):
+        (place(root) / name).write_bytes(b"half")
+    quiet(SMALL)
+    assert sorted(os.listdir(place(root))) == ["lock", "record.json", "weights.safetensors"]
+
+
 # --- the same config, the same outcome ---
 
 def test_a_user_trains_from_the_command_line_and_this_process_makes_the_same_record(root, monkeypatch):

@@ -233,6 +233,17 @@ def test_a_setting_changed_by_hand_is_not_lost_in_silence(tmp_path, network):
     refused(lambda: staa.save_pretrained(network, tmp_path), f"{name} has v_th = 0.5, and its config makes it 1.0")
 
 
+def test_a_compiled_network_is_saved_as_what_it_was_made_of(tmp_path, network):
+    staa.save_pretrained(torch.compile(network), tmp_path)
+    again = staa.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], t) for name, t in network.state_dict().items())
+
+
+def test_another_head_is_refused(tmp_path, network):
+    network.head = torch.nn.Sequential(network.head)
+    refused(lambda: staa.save_pretrained(network, tmp_path), "the head is a Sequential, and its config makes it a Linear")
+
+
 def test_a_repository_comes_from_the_hubs_own_cache_without_a_network(tmp_path, network, no_network, monkeypatch):
     """The cache as huggingface_hub documents it: refs/main names a commit, snapshots/COMMIT holds the files."""
     from huggingface_hub import constants

@@ -1,0 +1,43 @@
+"""Which device a run takes."""
+
+import os
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from .settings import TrainingError
+
+
+def choose(device: str | torch.device | None, held: ExitStack) -> torch.device:
+    """The device that is named; without a name a GPU where there is one, and without a number the one that torchrun
+    gives this process, or else the first that is free. It is held, and torch's current one, until `held` ends. Raises
+    TrainingError on a name of no such device."""
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError):
+        where = torch.device("meta")
+    if where.type not in ("cpu", "cuda"):
+        raise TrainingError(f"device must be cpu, or cuda where there is a GPU, got {device!r}.")
+    if where.type == "cuda":
+        if where.index is None:
+            rank = os.environ.get("LOCAL_RANK")
+            where = torch.device("cuda", free(held) if rank is None else int(rank))
+        if where.index >= torch.cuda.device_count():
+            raise TrainingError(f"device {where} is not there: torch sees {torch.cuda.device_count()} GPUs.")
+        held.enter_context(torch.cuda.device(where))
+    return where
+
+
+def free(held: ExitStack) -> int:
+    """The first GPU that no other run on this machine has taken so, and the first of all where there is none."""
+    for index in range(torch.cuda.device_count()):
+        name = f"staa-{torch.cuda.get_device_properties(index).uuid}.lock"  # a number means another one elsewhere
+        try:
+            held.enter_context(FileLock(Path(tempfile.gettempdir()) / name, timeout=0))
+            return index
+        except (Timeout, OSError):  # another run's, or another user's
+            pass
+    return 0
