@@ -39,9 +39,9 @@ def spectra(network: SpikingNetwork, batches: Iterable) -> dict[str, Tensor]:
         for name, layer in neurons(network).items():
             hooks.callback(layer.register_forward_hook(lambda _, x, spikes, name=name: add(name, spikes)).remove)
         for x, _ in batches:
-            network(x)
+            network(x.to(next(network.parameters()).device))
             count += len(x)
-    return {name: total / count for name, total in sums.items()}
+    return {name: total.cpu() / count for name, total in sums.items()}
 
 
 def vertical_share(energy: Tensor) -> float:
@@ -91,9 +91,14 @@ def groups(runs: list[Record]) -> dict[str, list[Record]]:
     return found
 
 
+def trained(run: Record) -> SpikingNetwork:
+    """The trained network of a run, on a GPU where there is one."""
+    return train.trained(run).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def measured(run: Record) -> Measurement:
     """The trained network of a run, counted over its whole test set."""
-    return measure(train.trained(run), test_batches(run))
+    return measure(trained(run), test_batches(run))
 
 
 def test_batches(run: Record) -> DataLoader:
