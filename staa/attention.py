@@ -96,10 +96,6 @@ class Pointwise(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
-    def per_channel(self, x: Tensor) -> Tensor:
-        """The same for what has no space, (..., C); as a convolution it would cost a tenfold of its time."""
-        return F.linear(x, self.weight.flatten(1).to(x.dtype), self.bias.to(x.dtype))
-
 
 class Norm(nn.LayerNorm):
     """LayerNorm; like `Pointwise`, in the type of x."""

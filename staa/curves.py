@@ -1,5 +1,6 @@
 """Figures 3 and 5 and convergence: accuracy over a setting, and loss and accuracy over epochs."""
 
+import itertools
 import math
 import statistics
 import textwrap
@@ -21,7 +22,7 @@ def over_setting(axes, series: Series) -> None:
     """Mean accuracy by the number that labels a row, and that of guessing; bars are standard deviations over seeds."""
     for chance in {100 / r.outcome["classes"] for rows in series.values() for found in rows.values() for r in found}:
         axes.axhline(chance, color=COLORS["threshold"], lw=0.8, label=f"guessing: {chance:.0f} %")
-    for (name, rows), (color, line) in zip(series.items(), SERIES):
+    for (name, rows), (color, line) in zip(series.items(), itertools.cycle(SERIES)):
         values = [[r.accuracy for r in found] for found in rows.values()]
         spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
         axes.errorbar([float(label) for label in rows], [statistics.mean(v) for v in values], spread, fmt=line, ms=3.5,

@@ -70,9 +70,9 @@ def transform(name: str, size: int, augment: str = "none", T: int = 1) -> Callab
     """Image to normalised tensor (C, size, size), for training with an augmentation's name, for testing with "none";
     to frames (T, C, size, size) where the dataset is a sequence.
 
-    "standard": crop after padding by 4 (an eighth of 32 pixels) and flip. "autoaugment": and AutoAugment (CIFAR-10
-    policy, grey where it moves pixels away) and Cutout 16, black, as in the authors' public code. "imagenet": random
-    resized crop and flip. Of events: frames to float32, augmented as `staa.frames.augmentation` says.
+    "standard": crop after padding by 4 of 32 pixels and flip. "autoaugment": and AutoAugment (CIFAR-10 policy, grey
+    where it moves pixels away) and Cutout of 16 of 32 pixels, black, as in the authors' public code. "imagenet":
+    random resized crop and flip. Of events: frames to float32, augmented as `staa.frames.augmentation` says.
     """
     from torchvision.transforms import InterpolationMode, v2  # takes twice as long to import as torch
 
@@ -96,7 +96,7 @@ def transform(name: str, size: int, augment: str = "none", T: int = 1) -> Callab
         steps = fit + [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
         if augment == "autoaugment":
             steps += [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, fill=GREY)]
-    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)] + [Cutout(16)] * (augment == "autoaugment")
+    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)] + [Cutout(size // 2)] * (augment == "autoaugment")
     steps += [Rows(T)] * (name == "digits-rows")
     return v2.Compose([*steps, v2.Normalize(about.mean, about.std)])
 

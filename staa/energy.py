@@ -18,7 +18,8 @@ counts leave no room for them [ours].
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from math import ceil, prod
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,22 +34,38 @@ from .statten import Mask, Product
 #: Section 4.5, of 45 nm [text]; they are those of 32-bit floating point (Horowitz 2014) [standard].
 PJ_PER_AC, PJ_PER_MAC = 0.9, 4.6
 
-#: What is counted: module type -> (what it is, multiply-adds of one call, coefficients that it reads). A module type of
-#: your own, whose matrix products are not in its layers, is added here.
-COUNTED: dict[type, tuple[str, Callable, Callable]] = {
-    nn.Conv2d: ("convolution", lambda layer, x, y: y.numel() * prod(layer.weight.shape[1:]),
-                lambda layer, x: layer.weight.numel()),
-    nn.Linear: ("linear", lambda layer, x, y: y.numel() * layer.in_features, lambda layer, x: layer.weight.numel()),
-    GlobalContext: ("context product", lambda layer, x, y: x.numel(), lambda layer, x: prod(x.shape[-2:])),
-    STAALIF: ("mixing by M and N", lambda layer, x, y: 2 * x.numel() * (layer.sa is not None),
-              lambda layer, x: 2 * layer.channels),
-    DCT: ("DCT", lambda layer, x, y: y.numel() * layer.k ** 2, lambda layer, x: layer.k ** 4),
-    FSTALIF: ("gates of FSTA", lambda layer, x, y: x.numel() * layer.gates,
-              lambda layer, x: layer.T + x[0, 0, 0].numel()),
-    Product: ("attention product", lambda layer, x, y: y.numel() * x.shape[-1],
-              lambda layer, x: x.shape[-3] * x.shape[-1] * layer.fan_out),
-    Mask: ("attention mask", lambda layer, x, y: y.numel(), lambda layer, x: x[0, 0].numel()),
-    nn.BatchNorm2d: ("BN", lambda layer, x, y: y.numel(), lambda layer, x: 2 * layer.num_features),
+
+class Rule(NamedTuple):
+    """How a module type is counted. what: its kind. multiply_adds(layer, x, y): of one call. coefficients(layer, x):
+    the numbers that it reads. fan_out(layer), sums(layer): as in `Operation`; sums where they are not the fan-out."""
+
+    what: str
+    multiply_adds: Callable
+    coefficients: Callable
+    fan_out: Callable = lambda layer: 1
+    sums: Callable | None = None
+
+
+#: What is counted. A module type of your own, whose matrix products are not in its layers, is added here.
+COUNTED: dict[type, Rule] = {
+    nn.Conv2d: Rule("convolution", lambda layer, x, y: y.numel() * prod(layer.weight.shape[1:]),
+                    lambda layer, x: layer.weight.numel(),
+                    lambda layer: len(layer.weight) // layer.groups * prod(layer.kernel_size),
+                    lambda layer: len(layer.weight) // layer.groups * prod(
+                        -(-k // s) for k, s in zip(layer.kernel_size, layer.stride))),
+    nn.Linear: Rule("linear", lambda layer, x, y: y.numel() * layer.in_features, lambda layer, x: layer.weight.numel(),
+                    lambda layer: layer.out_features),
+    GlobalContext: Rule("context product", lambda layer, x, y: x.numel(), lambda layer, x: prod(x.shape[-2:])),
+    STAALIF: Rule("mixing by M and N", lambda layer, x, y: 2 * x.numel() * (layer.sa is not None),
+                  lambda layer, x: 2 * layer.channels),
+    DCT: Rule("DCT", lambda layer, x, y: y.numel() * layer.k ** 2, lambda layer, x: layer.k ** 4,
+              lambda layer: layer.k ** 2),
+    FSTALIF: Rule("gates of FSTA", lambda layer, x, y: x.numel() * layer.gates,
+                  lambda layer, x: layer.T + x[0, 0, 0].numel()),
+    Product: Rule("attention product", lambda layer, x, y: y.numel() * x.shape[-1],
+                  lambda layer, x: x.shape[-3] * x.shape[-1] * layer.fan_out, lambda layer: layer.fan_out),
+    Mask: Rule("attention mask", lambda layer, x, y: y.numel(), lambda layer, x: x[0, 0].numel()),
+    nn.BatchNorm2d: Rule("BN", lambda layer, x, y: y.numel(), lambda layer, x: 2 * layer.num_features),
 }
 #: The kinds that are no matrix product, which torch's own counter does not see.
 ELEMENTWISE = ("mixing by M and N", "gates of FSTA", "attention mask", "BN")
@@ -175,26 +192,16 @@ def measure(network: SpikingNetwork, batches: Iterable, *, bn_folded: bool = Tru
                        sum(p.numel() for p in network.parameters()), T, images)
 
 
-def rule(layer: nn.Module) -> tuple:
-    """The entry of COUNTED for a module's type or the nearest of its bases; () where there is none."""
-    return next((COUNTED[kind] for kind in type(layer).__mro__ if kind in COUNTED), ())
+def rule(layer: nn.Module) -> Rule | None:
+    """The entry of COUNTED for a module's type or the nearest of its bases."""
+    return next((COUNTED[kind] for kind in type(layer).__mro__ if kind in COUNTED), None)
 
 
-def new_operation(name: str, layer: nn.Module, network: nn.Module, folded: bool) -> Operation:
-    fan_out = sums = channels = 1
-    if isinstance(layer, nn.Conv2d):
-        channels = layer.out_channels // layer.groups
-        fan_out = channels * prod(layer.kernel_size)
-        sums = channels * prod(ceil(k / s) for k, s in zip(layer.kernel_size, layer.stride))
-    elif isinstance(layer, nn.Linear):
-        fan_out = sums = channels = layer.out_features
-    elif isinstance(layer, Product):
-        fan_out = sums = layer.fan_out
-    elif isinstance(layer, DCT):
-        fan_out = sums = channels = layer.k ** 2
+def new_operation(name: str, layer: Any, network: nn.Module, folded: bool) -> Operation:
+    own: Any = rule(layer)
     biased = folded or getattr(layer, "bias", None) is not None and not isinstance(layer, nn.BatchNorm2d)
-    return Operation(name, rule(layer)[0], any(f"{name}.".startswith(f"{neuron}.") for neuron in neurons(network)),
-                     fan_out, sums, channels * biased)
+    return Operation(name, own.what, any(f"{name}.".startswith(f"{neuron}.") for neuron in neurons(network)),
+                     own.fan_out(layer), (own.sums or own.fan_out)(layer), len(layer.weight) if biased else 0)
 
 
 def folded_into(network: nn.Module) -> set[nn.Module]:
@@ -205,9 +212,9 @@ def folded_into(network: nn.Module) -> set[nn.Module]:
 
 def add(op: Operation, layer: nn.Module, x: Tensor, y: Tensor) -> None:
     """Add one call of a layer to its operation."""
-    _, multiply_adds, coefficients = rule(layer)
-    op.multiply_adds += multiply_adds(layer, x, y)
-    op.coefficients = coefficients(layer, x)
+    own: Any = rule(layer)
+    op.multiply_adds += own.multiply_adds(layer, x, y)
+    op.coefficients = own.coefficients(layer, x)
     op.inputs += x.numel()
     op.outputs += y.numel()
     op.spikes += int(x.count_nonzero())

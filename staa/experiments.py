@@ -63,8 +63,8 @@ POSITION_ENCODING = [(kind, dict(pe_kind=kind)) for kind in ("learned", "fixed")
 
 #: Table 2's own rows, as ImageNet is trained: the paper gives 300 epochs, the rest is our choice.
 TABLE2 = ["resnet18", "resnet34"]
-IMAGENET = dict(T=4, image_size=224, augment="imagenet", batch_size=256, weight_decay=1e-4)
-SMOKE_IMAGENET = dict(T=4, augment="imagenet", epochs=3, batch_size=16)
+IMAGENET = dict(image_size=224, augment="imagenet", batch_size=256, weight_decay=1e-4)
+SMOKE_IMAGENET = dict(augment="imagenet", epochs=3, batch_size=16)
 
 #: Table 4, the blocks. With all of them off, the neuron is the plain LIF.
 TABLE4 = [("baseline", dict(gc=False, pe=False, sa=False, beta=0.0)),
@@ -192,8 +192,8 @@ def table2(settings: Settings) -> list[Config]:
     smoke = settings.preset == "smoke"
     item = SMOKE_IMAGENET if smoke else IMAGENET | (dict(epochs=300) if settings.preset == "paper" else {})
     folder = "imagefolder:digits64" if smoke else "imagefolder:imagenet"
-    return settings.runs("table2", [dict(network=network, neuron=neuron) for network, neuron in product(TABLE2, TWINS)],
-                         {"dataset": folder} | item)
+    return settings.runs("table2", [dict(network=network, T=4, neuron=neuron)
+                                    for network, neuron in product(TABLE2, TWINS)], {"dataset": folder} | item)
 
 
 def ablation(item: str, rows: list[tuple[str, dict]], dataset: str) -> Callable[[Settings], list[Config]]:
@@ -234,9 +234,13 @@ def energy(settings: Settings) -> list[Config]:
 def table3(settings: Settings, item: str = "table3") -> list[Config]:
     """Table 3: each own row with STAA and with the plain LIF neuron, T = 16, every seed. In smoke, and on a dataset
     that the paper does not have, both networks. CIFAR10-DVS is flipped too, as in MPBN's public code [lineage]."""
+    datasets = settings.datasets("cifar10dvs", "dvsgesture", smoke="digits-dvs")
+    for name in datasets:
+        if not data.describe(name).sensor:
+            raise ConfigError(f"dataset of {item} must be one of events, as digits-dvs or cifar10dvs, got {name!r}")
     flip = {"cifar10dvs": {"augment": "flip+roll"}}
     return settings.runs(item, [dict(dataset=dataset, network=network, T=16, neuron=neuron) | flip.get(dataset, {})
-                                for dataset in settings.datasets("cifar10dvs", "dvsgesture", smoke="digits-dvs")
+                                for dataset in datasets
                                 for network, neuron in product(TABLE3.get(dataset, ["resnet20", "vgg13"]), TWINS)], {})
 
 
@@ -259,38 +263,37 @@ def fsta(settings: Settings) -> list[Config]:
 def transformers(settings: Settings, chunk: int, **item) -> list[Config]:
     """STAtten with joint attention over `chunk` steps and over one (spatial), and SDT, under equal conditions; every
     seed. A reader's network gives its size to all three."""
-    network = settings.changes.get("network", "statten-2-256")
+    asked = item | dict(settings.changes)
+    network = asked.pop("network", "statten-2-256")
     one_of("network of statten", network, [n for n in NETWORKS if n.startswith(("statten", "sdt"))])
-    own = replace(settings, changes={k: v for k, v in settings.changes.items() if k not in {"network", *item}})
-    epochs = own.changes.get("epochs", PRESETS[own.preset]["epochs"])
-    pools = {"pools": "0001"} if item.get("image_size") == 8 else {}
+    epochs = asked.get("epochs", PRESETS[settings.preset]["epochs"])
+    pools = {"pools": "0001"} if asked.get("image_size") == 8 else {}
     kinds = [("statten", {"chunk": chunk}), ("statten", {"chunk": 1}), ("sdt", {})]
-    return own.runs("statten", [dict(network=kind + network[network.index("-"):], network_settings=pools | chosen)
-                                for kind, chosen in kinds], item | {"warmup_epochs": epochs // 10}, LEAST_SEEDS)
+    rows = [dict(network=kind + network[network.index("-"):], network_settings=pools | own) for kind, own in kinds]
+    others = {name: value for name, value in settings.changes.items() if name != "network"}
+    return replace(settings, changes=others).runs("statten", rows, {"warmup_epochs": epochs // 10} | asked, LEAST_SEEDS)
 
 
 def statten(settings: Settings) -> list[Config]:
     """STAtten on static images, CIFAR-10 at T = 4 with c = 2; in smoke 8 x 8 digits."""
     item = SMALL_TRANSFORMER if settings.preset == "smoke" else TRANSFORMER
-    item = {k: v for k, v in item.items() if k not in settings.changes}
-    return transformers(settings, 2, **item, T=settings.changes.get("T", 4), dataset=settings.datasets("cifar10")[0])
+    return transformers(settings, 2, T=4, dataset=settings.datasets("cifar10")[0], **item)
 
 
 def rows(settings: Settings) -> list[Config]:
     """STAtten's sequential task, at every preset: 8 x 8 digits, one row a step, joint attention over all steps."""
     one_of("augment of statten, whose digits row by row are never augmented,", settings.changes.get("augment", "none"),
            ["none"])
-    T = settings.changes.get("T", 8)
-    item = {k: v for k, v in SMALL_TRANSFORMER.items() if k not in settings.changes}
-    return transformers(settings, T, **item, T=T, dataset="digits-rows")
+    settings = replace(settings, changes={"T": 8} | dict(settings.changes) | {"dataset": "digits-rows"})
+    return transformers(settings, settings.changes["T"], **SMALL_TRANSFORMER)
 
 
 def siblings(settings: Settings) -> list[Config]:
     """STAA, FSTA and STAtten on the same data, epochs and seeds: runs of `fsta` and of `statten`."""
-    if "network" in settings.changes:
-        raise ConfigError("network must be left out, for siblings takes those of fsta and statten")
-    plain = fsta(settings) if settings.changes.get("neuron", "staa") in ("staa", "fsta") else []
-    return ([c for c in plain if c.neuron == "staa" or c.neuron == "fsta" and c.neuron_settings["spatial"]]
+    for name in ("network", "neuron"):
+        if name in settings.changes:
+            raise ConfigError(f"{name} must be left out, for siblings takes those of fsta and statten")
+    return ([c for c in fsta(settings) if c.neuron == "staa" or c.neuron == "fsta" and c.neuron_settings["spatial"]]
             + [c for c in statten(settings) if c.network_settings.get("chunk") == 2])
 
 

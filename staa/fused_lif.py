@@ -193,27 +193,26 @@ def slices(x: Tensor, buffers: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]
 def potentials_in_place(x: Sequence[Tensor], us: Sequence[Tensor], hm: Tensor, surrogate: Surrogate, decay, gain, v_th,
                         v_reset) -> Iterator[Tensor]:
     """U[t], step by step, with the rounding of `LIF.charge`; in us[t], or X itself where that is U. hm is room."""
-    plain = gain == 1 and not v_reset and x[0].dtype == hm.dtype
-    exact = math.frexp(decay)[0] == 0.5  # a power of two: the product is not rounded, and one pass does for two
-    before = None
-    for x_t, u in zip(x, us):
-        if before is not None:
-            reset(hm, before, surrogate, v_th, v_reset)
-        elif not plain:
-            hm.fill_(v_reset)
-        if before is None and plain:
-            u = x_t
-        elif exact and plain:
-            torch.add(x_t, hm, alpha=decay, out=u)
-        else:
-            if v_reset:
-                hm -= v_reset
-            torch.mul(hm, decay, out=u)
-            if v_reset:
-                u += v_reset
-            u += x_t if gain == 1 else x_t.to(u.dtype) * gain
+    if gain == 1 and not v_reset and x[0].dtype == hm.dtype:  # as in the networks: U[0] is X[0], Hm needs no shift
+        exact = math.frexp(decay)[0] == 0.5  # a power of two: the product is not rounded, and one pass does for two
+        u = x[0]
         yield u
-        before = u
+        for x_t, out in zip(x[1:], us[1:]):
+            reset(hm, u, surrogate, v_th, v_reset)
+            u = torch.add(x_t, hm, alpha=decay, out=out) if exact else torch.mul(hm, decay, out=out).add_(x_t)
+            yield u
+        return
+    hm.fill_(v_reset)
+    for t, (x_t, u) in enumerate(zip(x, us)):
+        if t:
+            reset(hm, us[t - 1], surrogate, v_th, v_reset)
+        if v_reset:
+            hm -= v_reset
+        torch.mul(hm, decay, out=u)
+        if v_reset:
+            u += v_reset
+        u += x_t if gain == 1 else x_t.to(u.dtype) * gain
+        yield u
 
 
 def _lif_sliced(x, s, surrogate, decay, gain, v_th, v_reset, *_):

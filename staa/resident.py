@@ -88,7 +88,7 @@ class Batches:
             x = x.permute(0, 3, 1, 2)
             if self.augment == "autoaugment":
                 x = auto_augment(x, draw)
-                x = cutout(x, 16, draw)
+                x = cutout(x, x.shape[-1] // 2, draw)
             x = self.images.normalise(x.float()).contiguous(memory_format=torch.channels_last)
             yield from zip(x.split(self.batch_size), self.images.labels[part].split(self.batch_size))
 

@@ -42,11 +42,11 @@ def printed(config: dict) -> str:
     """The paper's accuracy, trained its own way, for this network, T and neuron: a row of Table 4, or of Table 1."""
     if all(config[name] == value for name, value in ABLATED.items()):
         for (_, row), line in zip(TABLE4, paper("table4").itertuples()):
-            if config["neuron_settings"] == whole("staa", config["T"], row):
+            if config["neuron_settings"] == whole("staa", row):
                 return f"{line.accuracy} on {LABELS[line.dataset]} (Table 4)"
     if config["dataset"] in LABELS and own_settings(config) == "STAA":
         rows = paper_table1()
-        rows = rows[(rows.Method == "STAA-SNN") & (rows.Architecture == ARCHITECTURES[config["network"]])
+        rows = rows[(rows.Method == "STAA-SNN") & (rows.Architecture == ARCHITECTURES.get(config["network"]))
                     & (rows["T"] == str(config["T"]))]
         return f"{rows.iloc[0]['Paper: ' + LABELS[config['dataset']]]} (Table 1)" if len(rows) else "none"
     return "none"
@@ -54,7 +54,7 @@ def printed(config: dict) -> str:
 
 def own_settings(config: dict) -> str:
     """What differs from the neuron's defaults, as "STAA, gc = False"."""
-    default = whole(config["neuron"], config["T"], {})
+    default = whole(config["neuron"], {})
     assert default is not None, "the neuron of a record exists"
     others = [f"{k} = {config['neuron_settings'][k]}" for k in default if config["neuron_settings"][k] != default[k]]
     return ", ".join([config["neuron"].upper(), *others])

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 from . import data, plots, tables, train
 from .config import Config
 from .energy import Measurement, measure
-from .experiments import FSTA
 from .firing import evaluating, neurons
 from .fsta import dct
 from .networks import SpikingNetwork
@@ -78,9 +77,7 @@ def label(record: Record) -> str:
     if c["network"].startswith("statten"):
         chunk = c["network_settings"]["chunk"]
         return f"joint, c = {chunk}" if chunk > 1 else "spatial, c = 1"
-    return next(name for name, (neuron, own) in FSTA.items() if neuron == c["neuron"] and
-                all(c["neuron_settings"][key] == value for key, value in {"spatial": True, **own}.items()
-                    if neuron == "fsta"))
+    return "FSTA's LIF" if c["neuron_settings"].get("spatial") is False else c["neuron"].upper()
 
 
 def groups(runs: list[Record]) -> dict[str, list[Record]]:

@@ -36,8 +36,8 @@ class Sensor:
     def __post_init__(self):
         if self.size < 1:
             raise ValueError(f"size of a sensor must be at least 1 pixel, got {self.size}")
-        if not self.threshold > 0:
-            raise ValueError(f"threshold must be above 0, got {self.threshold}")
+        if not 0 < self.threshold < float("inf"):
+            raise ValueError(f"threshold must be above 0 and finite, got {self.threshold}")
         for name in ("mismatch", "noise"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")

@@ -4,15 +4,15 @@ import html
 import json
 import re
 from collections import defaultdict
-from functools import cache
 from typing import Any
 
 import pandas as pd
 
-from . import lemaire, records, stats
+from . import lemaire, networks, records, stats
 from .config import LATER, Config, ConfigError
 from .energy import ELEMENTWISE, Measurement
 from .experiments import ABLATED, FIGURE2, POSITION_ENCODING, TABLE1, TABLE3, TABLE4, Settings
+from .networks import NEURONS
 from .records import Record
 
 LOST = "not in our source"
@@ -95,7 +95,8 @@ def ablation(rows: list[tuple[str, dict]], paper: dict[str, str], dataset: str, 
     and T, a column for each way they were trained, and the runs of this notebook with their number of parameters."""
     configs = [run.config for run in runs]
     setups = vouched_setups(rows) or {LABELS[dataset]: []}
-    heads = dict.fromkeys(f"{c['dataset']}, {ARCHITECTURES[c['network']]}, T = {c['T']}" for c in configs)
+    heads = dict.fromkeys(f"{c['dataset']}, {ARCHITECTURES.get(c['network'], c['network'])}, T = {c['T']}"
+                          for c in configs)
     lines = []
     for label, settings in rows:
         own = select(runs, neuron_settings=settings)
@@ -145,7 +146,7 @@ def select(found: list[Record], **settings) -> list[Record]:
     """The records whose config has these settings; neuron_settings may leave out what has the neuron's default."""
     if "neuron_settings" in settings:
         given = settings.pop("neuron_settings")
-        found = [r for r in found if r.config["neuron_settings"] == whole(r.config["neuron"], r.config["T"], given)]
+        found = [r for r in found if r.config["neuron_settings"] == whole(r.config["neuron"], given)]
     return [r for r in found if all(r.config[name] == value for name, value in settings.items())]
 
 
@@ -179,15 +180,10 @@ def recorded(neuron: str, **settings) -> str:
     return f"{mean_and_n(best)}; {training(best[0])}"
 
 
-def whole(neuron: str, T: int, settings: dict) -> dict | None:
+def whole(neuron: str, settings: dict) -> dict | None:
     """These settings with the neuron's defaults filled in; None where the neuron has no such setting."""
-    return _whole(neuron, T, tuple(sorted(settings.items())))
-
-
-@cache
-def _whole(neuron, T, settings):
     try:
-        return Config(neuron=neuron, T=T, neuron_settings=dict(settings)).neuron_settings
+        return networks.whole("neuron", neuron, NEURONS, settings)
     except ConfigError:
         return None
 
