@@ -1,4 +1,4 @@
-"""Which device a run takes."""
+"""Which device a run takes, and how many cores there are."""
 
 import os
 import tempfile
@@ -28,7 +28,13 @@ def choose(device: str | torch.device | None, held: ExitStack) -> torch.device:
         if where.index >= torch.cuda.device_count():
             raise TrainingError(f"device {where} is not there: torch sees {torch.cuda.device_count()} GPUs.")
         held.enter_context(torch.cuda.device(where))
+        held.callback(torch.cuda.empty_cache)  # another run may take this GPU next
     return where
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free(held: ExitStack) -> int:

@@ -8,6 +8,7 @@ once was.
 
 import ctypes
 import functools
+import os
 
 #: From glibc's malloc.h, and the largest value that `mallopt` takes: blocks and free memory of up to 2 GiB are kept.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MOST = -1, -3, 2 ** 31 - 1
@@ -17,5 +18,5 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MOST = -1, -3, 2 ** 31 - 1
 def keep_freed() -> bool:
     """Keep freed memory in this process from now on; False where the C library has no such setting. `staa.run` calls it
     before it trains on a CPU."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     return bool(mallopt and mallopt(M_MMAP_THRESHOLD, MOST) and mallopt(M_TRIM_THRESHOLD, MOST))

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import records
+from . import devices, records
 from .config import ConfigError
 from .experiments import ITEMS, Settings, run_all
 from .train import command
@@ -154,7 +154,7 @@ def main(words: Sequence[str] = ()) -> int:
         train(stale)
     except RuntimeError as error:  # the other runs have ended well, and the notebook of this one will say it too
         failures.append(f"a run failed: {error}")
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # each waits for a process of its own
+    with ThreadPoolExecutor(devices.cores()) as pool:  # each waits for a process of its own
         failures += [error for error in pool.map(execute, stale) if error]
     target = records.folder("figures") / "index.html"
     records.write(target, page(found).encode())

@@ -111,7 +111,7 @@ def event_cloud(events: np.ndarray, sensor: int, most: int = 4000) -> Figure:
     """Events in space and time, every n-th of them where there are more than `most`."""
     figure = plt.figure(figsize=(0.7 * PAGE, 3))
     axes = figure.add_subplot(projection="3d")
-    events = events[::-(-len(events) // most)]
+    events = events[::max(-(-len(events) // most), 1)]
     for p, name in enumerate(("darker", "brighter")):
         own = events[events["p"] == p]
         axes.scatter(own["t"] / 1000, own["x"], own["y"], s=1, color=COLORS[name], label=name, lw=0)

@@ -1,6 +1,5 @@
 """Running many runs: what has a record is read, the rest is trained, as many at once as the machine allows."""
 
-import os
 import queue
 import signal
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from traceback import clear_frames
 
 import torch
 
-from . import data, samples, weights
+from . import data, devices, samples, weights
 from .config import Config
 from .distributed import started
 from .records import Record
@@ -53,7 +52,7 @@ def run_all(configs: list[Config], *, networks: bool = False, log: Callable[[str
 def _outcomes(configs, log, networks):
     """(config, Record or Exception) as each run ends."""
     threads = max((config.threads for config in configs), default=1)
-    jobs = min(torch.cuda.device_count() or len(os.sched_getaffinity(0)) // threads, len(configs))
+    jobs = min(torch.cuda.device_count() or devices.cores() // threads, len(configs))
     if jobs <= 1:
         for config in configs:
             yield config, attempt(config, log, networks)

@@ -117,7 +117,7 @@ def _train(config: Config, place: Path, device, data_root, workers, log, peers: 
                             "choose another batch_size or train_images.")
     if workers is None:
         few = device.type == "cpu" or len(indices) < (500 if data.describe(config.dataset).sensor else 5_000)
-        workers = 0 if few else min(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8)
+        workers = 0 if few else min(devices.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8)
     if device.type == "cpu":
         memory.keep_freed()
     with own_state(config, device):

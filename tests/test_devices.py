@@ -61,6 +61,14 @@ def test_another_users_lock_is_a_gpu_that_is_taken(two_gpus, tmp_path):
         assert str(devices.choose(None, held)) == "cuda:1"
 
 
+def test_cores_are_those_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5})
+    assert devices.cores() == 2
+    monkeypatch.delattr("os.sched_getaffinity")  # as on macOS
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    assert devices.cores() == 6
+
+
 def test_without_a_gpu_it_is_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
