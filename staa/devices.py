@@ -38,12 +38,13 @@ def cores() -> int:
 
 
 def free(held: ExitStack) -> int:
-    """The first GPU that no other run on this machine has taken so, and the first of all where there is none."""
+    """The first GPU that no other run of this user here has taken so, and the first of all where there is none."""
+    user = getattr(os, "getuid", int)()  # another user's files could not be opened, held or not
     for index in range(torch.cuda.device_count()):
-        name = f"staa-{torch.cuda.get_device_properties(index).uuid}.lock"  # a number means another one elsewhere
+        gpu = torch.cuda.get_device_properties(index).uuid  # its number may be another one in another process
         try:
-            held.enter_context(FileLock(Path(tempfile.gettempdir()) / name, timeout=0))
+            held.enter_context(FileLock(Path(tempfile.gettempdir()) / f"staa-{user}-{gpu}.lock", timeout=0))
             return index
-        except (Timeout, OSError):  # another run's, or another user's
+        except Timeout:
             pass
     return 0

@@ -176,7 +176,7 @@ def figure_attention(images: Tensor, maps: dict[str, list[Tensor]], T: int) -> F
     figure = plt.figure(figsize=(plots.PAGE, 3.4))
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1, 2.6])[:, 0]
     for t, axes in enumerate(np.atleast_1d(above.subplots(1, T))):
-        axes.imshow(images[t], cmap="gray_r")
+        axes.imshow(images[t].numpy(), cmap="gray_r")
         axes.set(xticks=[], yticks=[], title=f"step {t + 1}")
         axes.spines[:].set_visible(True)
     whole = {name: torch.stack([torch.block_diag(*(m + 1e-9)) for m in blocks]).mean(0)

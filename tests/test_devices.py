@@ -55,12 +55,6 @@ def test_under_torchrun_it_is_the_process_own(two_gpus, monkeypatch):
         devices.choose(None, held)
 
 
-def test_another_users_lock_is_a_gpu_that_is_taken(two_gpus, tmp_path):
-    (tmp_path / "staa-GPU-0.lock").mkdir()  # as good as a file that may not be opened
-    with ExitStack() as held:
-        assert str(devices.choose(None, held)) == "cuda:1"
-
-
 def test_cores_are_those_that_this_process_may_use(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5})
     assert devices.cores() == 2

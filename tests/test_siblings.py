@@ -2,10 +2,12 @@
 
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import scipy.fft
 import torch
+from test_tables import record
 from torch import nn
 
 from staa import LIF, NEURONS, Config, Record, build, data, energy, experiments, firing_rates, neurons, siblings, train
@@ -401,6 +403,66 @@ def test_a_million_macs_are_4_6_microjoules():
     run = Record(vars(Config()), {"epochs": [{"test_accuracy": 50.0}]}, {"seconds_per_epoch": [3.0, 4.0], "device": "x"})
     (row,) = siblings.table({"STAA": [(run, energy.Measurement([macs], {}, {}, 1234, 4, 1))]}).to_dict("records")
     assert (row["Energy, µJ"], row["Parameters"], row["Training, s"]) == ("4.60", "1,234", "7")
+
+
+def test_a_row_has_all_multiply_adds_the_firing_rate_in_percent_and_the_energy_over_seeds():
+    """Of 1 M multiply-adds of real numbers and 2 M of spikes at rates 1/2 and 1: 4.6 and 0.9 or 1.8 microjoules. Three
+    neurons of four fire at 0.3 (0.4), one at 0.1 (0.2)."""
+    pairs = []
+    for seed, (spikes, a, b) in enumerate([(2, [0.2, 0.4], [0.1, 0.1]), (4, [0.4, 0.4], [0.2, 0.2])]):
+        real = energy.Operation("stem", "convolution", False, 1, 1, 0, multiply_adds=1e6, inputs=1, binary=False)
+        binary = energy.Operation("head", "linear", False, 1, 1, 0, multiply_adds=2e6, inputs=4, spikes=spikes)
+        made = record(60.0 + 2 * seed, seed=seed, network="vgg13")
+        run = Record(made.config, made.outcome, {"seconds_per_epoch": [3.0, 4.0 + 2 * seed], "device": "x"})
+        pairs.append((run, energy.Measurement([real, binary], {"a": a, "b": b}, {"a": 3, "b": 1}, 1234, 2, 1)))
+    (row,) = siblings.table({"LIF": pairs}).to_dict("records")
+    assert row == {"System": "LIF", "Network": "VGG-13", "Test accuracy, %": "61.00 ± 1.41 (n=2)",
+                   "Parameters": "1,234", "Multiply-adds": "3.00 M", "Firing rate, %": "30.0 ± 7.1",
+                   "Energy, µJ": "5.95 ± 0.64", "Training, s": "8 ± 1"}
+
+
+def test_six_seeds_that_agree_settle_a_claim_and_five_do_not():
+    """Heads or tails only: 2 of 32 and 2 of 64 outcomes."""
+    runs = [record(accuracy, seed=seed) for seed in range(6) for accuracy in (50.0, 60.0)]
+    assert siblings.decided(runs[:10]) == ("That all 5 seeds agree on a sign happens by chance with probability 0.062: "
+                                           "where they do, it does not settle a claim.")
+    assert siblings.decided(runs) == ("That all 6 seeds agree on a sign happens by chance with probability 0.031: "
+                                      "where they do, it settles a claim.")
+
+
+def test_two_rows_are_compared_seed_by_seed_after_the_last_epoch():
+    first, second = ([record(accuracy, seed=seed) for seed, accuracy in found]
+                     for found in ([(0, 10.0), (1, 20.0), (2, 30.0)], [(2, 31.0), (1, 19.0), (0, 10.0)]))
+    assert siblings.by_seed(first) == {0: 10.0, 1: 20.0, 2: 30.0}, "of the first epoch it is 99"
+    assert siblings.against("Accuracy", siblings.by_seed(first), siblings.by_seed(second), ".1f") == (
+        "Accuracy: 20.0 ± 10.0 against 20.0 ± 10.5; higher in 1 of 3 seeds")
+    assert siblings.against("Rate", {0: 2.0, 1: 3.0}, {0: 1.0, 1: 1.0}).endswith("higher in 2 of 2 seeds")
+
+
+def test_the_figure_draws_shares_cosines_and_firing_rates_in_percent_by_layer():
+    """A map of 4 x 4 with 8 and 4 spikes in its two steps fires at 6 / 16."""
+    up, both, pixel = torch.zeros(2, 4, 4), torch.zeros(2, 4, 4), torch.tensor([[[1.0]], [[0.5]]])
+    up[0, 3, 0], up[1, 3, 0] = 8, 4
+    both[0, 1, 0], both[1, 0, 1] = 2, 2
+    figure = siblings.figure_fsta({"LIF": {"a": up, "b": both, "c": pixel}, "STAA": {"a": both, "b": up, "c": pixel}})
+    drawn = [{line.get_label(): line.get_ydata() for line in axes.lines} for axes in figure.axes]
+    for found, (a, b, c) in zip(drawn, ((100, 50, math.nan), (1, 0, math.nan), (37.5, 12.5, 75))):
+        assert list(found["LIF"]) == pytest.approx([a, b, c], nan_ok=True)
+        assert list(found["STAA"]) == pytest.approx([b, a, c], nan_ok=True)
+    plt.close(figure)
+
+
+def test_a_zero_inside_a_chunk_is_drawn_and_only_what_lies_outside_is_white():
+    """Two steps of two tokens: joined, one chunk of 4 x 4; by themselves, two of 2 x 2 on the diagonal."""
+    joint = [torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)]
+    joint[1][0, 0, 3] = 6
+    spatial = [torch.tensor([[[1.0, 0.0], [3.0, 0.0]], [[0.0, 0.0], [5.0, 7.0]]])]
+    figure = siblings.figure_attention(torch.rand(2, 8, 8), {"joint": joint, "spatial": spatial}, 2)
+    left, right = (axes.images[0].get_array() for axes in figure.subfigs[1].axes[:2])
+    assert not np.ma.getmaskarray(left).any() and left[0, 3] == pytest.approx(3), "the mean over two blocks"
+    assert np.ma.getmaskarray(right).tolist() == [[False, False, True, True]] * 2 + [[True, True, False, False]] * 2
+    assert right.compressed() == pytest.approx(np.array([1, 0, 3, 0, 0, 0, 5, 7]), abs=1e-6)
+    plt.close(figure)
 
 
 def test_a_readers_size_is_the_size_of_all_transformers():

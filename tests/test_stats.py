@@ -26,12 +26,25 @@ def test_differences_within_chance_are_called_so():
 
 
 @pytest.mark.parametrize("groups", [([10.0, 11.5, 12.0], [11.0, 12.0, 13.1], [15.0, 13.0, 14.0]),
-                                    ([50.0, 51.0, 49.0, 52.0], [50.5, 53.0, 51.0, 50.0])])
+                                    ([50.0, 51.0, 49.0, 52.0], [50.5, 53.0, 51.0, 50.0]),
+                                    *(([10.0, 11.0, 12.0], [11.0, 12.0, 13.0], [10 + d, 11 + d, 12 + d])
+                                      for d in (2.47, 2.54))])  # the limit is 4.339 / sqrt(3) = 2.505
 def test_the_verdict_is_that_of_scipys_tukey_test(groups):
     from scipy.stats import tukey_hsd
 
     beyond = tukey_hsd(*groups).pvalue.min() < 0.05
     assert stats.differences(grouped(*groups)).endswith("beyond chance." if beyond else "within chance.")
+
+
+def test_of_uneven_rows_the_one_with_the_fewest_seeds_decides():
+    """Variances 2 and 4, two seeds: q(2, 2) = sqrt(2) t(0.975, 2) = 6.085, and 6.085 sqrt(3 / 2) = 7.45. The third
+    seed, which only one row has, would make it 3.93."""
+    groups = [[10.0, 12.0], [16.0, 18.0, 20.0]]
+    for runs in grouped(*groups), grouped(*groups[::-1]):
+        text = stats.differences(runs)
+        assert "span 7.00 points, and over 2 seeds anything up to 7.45 is within" in text
+        assert text.endswith("is within chance.")
+    assert stats.differences(grouped([10.0], groups[1])).startswith("One seed")
 
 
 def test_mean_and_deviation():
@@ -79,3 +92,9 @@ def test_the_closing_sentence_is_computed():
     assert stats.verdict({"SA": stats.paired([1.0])}) == "One seed: nothing can be said about chance."
     assert "nothing to compare" in stats.verdict({"SA": None})
     assert "losses beyond chance: none; undecided: PE" in stats.verdict({"PE": open_})
+
+
+def test_the_closing_sentence_counts_the_seeds_of_the_smallest_comparison():
+    one, two, three = (stats.paired(d) for d in ([1.0], [1.0, 1.1], [1.0, 1.1, 1.2]))
+    assert stats.verdict({"SA": three, "PE": two}).startswith("Over 2 seeds, ")
+    assert stats.verdict({"SA": three, "PE": one}) == "One seed: nothing can be said about chance."

@@ -1,5 +1,6 @@
 """The tables and figures of Tables 2 and 4, Figures 3 and 5 and convergence, from made-up records."""
 
+import math
 import statistics
 
 import matplotlib.pyplot as plt
@@ -33,6 +34,13 @@ def grid(table, folder=None, seeds=3, **settings):
     return found
 
 
+def learned(i, seed, losses, seconds):
+    """A run of row i of Table 4 with these training losses and these seconds, one an epoch."""
+    made = record(50.0, seed=seed, neuron_settings=TABLE4[i][1])
+    epochs = [{"train_loss": loss, "test_accuracy": 50.0} for loss in losses]
+    return Record(made.config, made.outcome | {"epochs": epochs}, {"seconds_per_epoch": seconds, "device": "x"})
+
+
 def test_table_4_has_the_papers_numbers_the_records_and_this_run(vouched):
     grid(TABLE4, vouched, dataset="cifar10", train_images=10_000, width=0.25)
     runs = grid(TABLE4[:-1])
@@ -58,6 +66,21 @@ def test_every_step_is_the_papers_difference_and_ours(vouched):
     assert "SA" in stats.verdict(studies.steps(grid(TABLE4)))
 
 
+def test_the_records_steps_stand_beside_this_runs(vouched):
+    """The records' two seeds give SA 2.0 and 2.2, mean 2.1 with standard error 0.1; t of one degree of freedom is
+    Cauchy's distribution."""
+    grid(TABLE4, vouched, seeds=2, dataset="cifar10", train_images=10_000, width=0.25)
+    runs = grid([(label, row) for label, row in TABLE4 if label != "GC"], seeds=1)
+    table = studies.table4_steps(runs).set_index("Block")
+    head = "Recorded: CIFAR-10, 2 epochs, width 0.25, 10,000 images"
+    half = 0.1 * math.tan(math.pi * (0.5 - 0.05 / 7 / 2))
+    assert table.loc["SA", f"{head}: gain [95 %]"] == f"+2.10 [{2.1 - half:+.2f}, {2.1 + half:+.2f}]"
+    assert table.loc["SA", f"{head}: p"] == f"{1 - 2 * math.atan(2.1 / 0.1) / math.pi:.3f}"
+    assert table.loc["GC", f"{head}: gain [95 %]"].startswith("+1.05 [")
+    this = table[["This run: gain [95 %]", "This run: p"]]
+    assert this.loc["SA"].tolist() == ["+2.00 (one seed)", "-"] and this.loc["GC"].tolist() == ["not run", "-"]
+
+
 def test_what_the_readme_shows_says_which_row_was_trained_and_the_papers_number(vouched):
     for made in grid(TABLE4, dataset="cifar10", train_images=10_000, width=0.25):
         full = Record(made.config, made.outcome | {"firing_rates": {"a": 0.1}}, made.provenance)
@@ -80,6 +103,19 @@ def test_table_2_fills_its_own_rows():
     assert own["Recorded: ImageNet, STAA"].tolist() == ["no record", "no record", ""]
 
 
+def test_table_2_keeps_staa_and_lif_apart(vouched):
+    same = dict(image_size=64, network="resnet18", T=4, epochs=5)
+    runs = []
+    for neuron, before, now in ("staa", 61.0, 12.5), ("lif", 55.0, 7.25):
+        record(before, vouched, dataset="imagefolder:imagenet", neuron=neuron, **same)
+        runs.append(record(now, dataset="imagefolder:digits64", neuron=neuron, **same))
+    table = studies.table2(runs)
+    row = table[(table.Method == "STAA-SNN") & (table.Architecture == "ResNet18")].iloc[0]
+    what = " (n=1); 5 epochs, width 1, 50,000 images"
+    assert [row[f"Recorded: ImageNet, {neuron}"] for neuron in ("STAA", "LIF")] == ["61.00" + what, "55.00" + what]
+    assert [row[f"This run: digits64, {neuron}"] for neuron in ("STAA", "LIF")] == ["12.50", "7.25"]
+
+
 def test_figure_5_shows_what_r_costs():
     runs = grid(FIGURE5, width=1 / 16, image_size=16, T=4, seeds=1)
     table = studies.figure5(runs)
@@ -100,6 +136,29 @@ def test_convergence_counts_epochs_to_the_common_loss():
     assert table.loc["STAA", "Seconds an epoch"] == "4.0" and table.loc["STAA", "Seconds to that loss"] == "8.0"
     assert studies.curve(runs[:3], "test_accuracy")[0] == (pytest.approx(50.1), pytest.approx(0.1))
     assert "With TSRD the seconds of an epoch change by +33.33 [+33.33, +33.33] %" in studies.tsrd_seconds(runs)
+
+
+def test_who_learns_faster_reaches_the_common_loss_before_the_last_epoch():
+    """LIF ends at 1.0 in the fourth epoch; STAA is below it after two of 2 s, and STAA without TSRD exactly there, in
+    the mean of its seeds, after three of 5 s."""
+    runs = [learned(0, 0, [2.0, 1.5, 1.2, 1.0], [1.0] * 4), learned(5, 0, [1.8, 0.75, 0.5, 0.25], [2.0, 9.0, 2.0, 2.0]),
+            learned(4, 0, [1.9, 0.9, 0.75, 0.5], [4.0] * 4), learned(4, 1, [1.9, 1.5, 1.25, 0.75], [6.0] * 4)]
+    table = studies.convergence(runs)
+    assert table["Neuron"].tolist() == ["LIF", "STAA", "STAA without TSRD"]
+    assert table["Epochs to a loss of 1.000"].tolist() == ["4", "2", "3"]
+    assert table["Seconds to that loss"].tolist() == ["4.0", "4.0", "15.0"]
+    assert table["Last training loss"].tolist() == ["1.000", "0.250", "0.625"]
+
+
+@pytest.mark.parametrize("with_it, words", [
+    ([11.0, 11.2, 11.4], "+12.00 [+7.03, +16.97] %: beyond chance."),  # 12 and 4.303 times 2 / sqrt(3)
+    ([8.6, 8.8, 9.0], "-12.00 [-16.97, -7.03] %: beyond chance."),
+    ([9.8, 10.0, 10.5], "+1.00 [-7.96, +9.96] %: not beyond chance."),  # 1 and 4.303 times sqrt(13 / 3)
+    ([11.0], "+10.00 (one seed) %: one seed cannot tell.")])
+def test_what_tsrd_takes_is_beyond_chance_where_the_interval_leaves_out_zero(with_it, words):
+    runs = [learned(i, seed, [1.0], [seconds])
+            for seed, pair in enumerate(with_it) for i, seconds in ((5, pair), (4, 10.0))]
+    assert studies.tsrd_seconds(runs) == f"With TSRD the seconds of an epoch change by {words}"
 
 
 @pytest.mark.parametrize("draw, table", [(curves.figure3, FIGURE3), (curves.figure5, FIGURE5)])
@@ -128,6 +187,31 @@ def test_convergence_draws_three_lines_of_means():
     assert [line.get_label() for line in figure.axes[0].lines] == ["LIF", "STAA", "STAA without TSRD"]
     assert list(figure.axes[0].lines[0].get_ydata()) == [2.0, 1.0]
     assert figure.axes[1].lines[0].get_ydata()[1] == pytest.approx(statistics.mean([50.0, 50.1, 50.2]))
+    plt.close(figure)
+
+
+def test_bars_and_bands_are_one_standard_deviation_over_seeds_up_and_down():
+    """Row i has 50 + i + (0, 1, 2) (i + 1) / 10 per cent: the deviation is (i + 1) / 10."""
+    figure, axes = plt.subplots()
+    curves.over_setting(axes, {"this run": studies.groups(FIGURE5, grid(FIGURE5))})
+    bars = axes.containers[0].lines[2][0].get_segments()
+    expected = [[[r, 50 + i], [r, 50 + i + 0.2 * (i + 1)]] for i, r in enumerate((1, 2, 4, 8, 16))]
+    assert np.array(bars) == pytest.approx(np.array(expected))
+    plt.close(figure)
+    figure = curves.convergence(grid([TABLE4[0], TABLE4[4], TABLE4[5]]))
+    for i, band in enumerate((0, 2, 1)):  # STAA is Table 4's last row
+        at = figure.axes[1].collections[i].get_paths()[0].vertices
+        for epoch in (1, 2):
+            y = at[at[:, 0] == epoch, 1]
+            assert (y.min(), y.max()) == pytest.approx((50 + band, 50 + band + 0.2 * (band + 1)))
+    plt.close(figure)
+
+
+def test_more_trainings_than_kinds_of_lines_are_all_drawn():
+    figure, axes = plt.subplots()
+    curves.over_setting(axes, {f"training {i}": {"1": [record(10.0 * i)]} for i in range(1, 7)})
+    assert [c.get_label() for c in axes.containers] == [f"training {i}" for i in range(1, 7)]
+    assert [list(c.lines[0].get_ydata()) for c in axes.containers] == [[10.0 * i] for i in range(1, 7)]
     plt.close(figure)
 
 

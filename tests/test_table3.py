@@ -2,6 +2,8 @@
 
 import json
 
+import test_tables
+
 from staa import Config, Record, tables
 from staa.experiments import Settings, figure4, table3
 
@@ -51,3 +53,12 @@ def test_the_table_is_the_papers_21_rows_and_the_own_three_with_what_was_run(tmp
     assert rows.loc[("DVS128 Gesture", "VGG-13"), "This run: LIF"] == "50.00"
     assert rows.loc[("DVS128 Gesture", "VGG-13"), "This run: STAA"] == "not run"
     assert rows.loc[("digits-dvs", "VGG-13"), "This run: STAA"] == "60.00"
+
+
+def test_only_records_of_16_time_steps_stand_beside_the_papers(tmp_path, monkeypatch):
+    monkeypatch.setenv("STAA_RECORDS", str(tmp_path))
+    for network, T, accuracy, epochs in ("vgg13", 16, 90.0, 5), ("vgg13", 8, 70.0, 50), ("resnet20", 8, 60.0, 50):
+        test_tables.record(accuracy, tmp_path, dataset="cifar10dvs", network=network, T=T, epochs=epochs, image_size=48)
+    rows = tables.table3([]).set_index(["Dataset", "Architecture"])["Recorded: STAA"]
+    assert rows["CIFAR10-DVS", "VGG-13"] == "90.00 (n=1); 5 epochs, width 1, 50,000 images"
+    assert rows["CIFAR10-DVS", "ResNet-20"] == rows["DVS128 Gesture", "VGG-13"] == "no record"

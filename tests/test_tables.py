@@ -136,6 +136,21 @@ def test_an_ablation_shows_paper_records_and_this_run(vouched):
     assert kinds["This run: digits, ResNet-20, T = 4"].tolist() == ["54.00 ± 1.41 (n=2)", "not run"]
 
 
+def test_the_trainings_of_an_ablation_come_widest_first_then_by_images_and_epochs(vouched):
+    for settings in (dict(width=0.25, epochs=500), dict(epochs=5), dict(epochs=50),
+                     dict(epochs=50, train_images=10_000)):
+        record(90.0, vouched, dataset="cifar10", network="resnet20", T=4, **settings)
+    assert list(tables.vouched_setups(FIGURE2)) == [
+        "CIFAR-10, 50 epochs, width 1, 50,000 images", "CIFAR-10, 5 epochs, width 1, 50,000 images",
+        "CIFAR-10, 50 epochs, width 1, 10,000 images", "CIFAR-10, 500 epochs, width 0.25, 50,000 images"]
+
+
+def test_an_ablation_of_another_network_names_it(vouched):
+    table = tables.figure2([record(50.0, network="statten-2-256", neuron="staa", neuron_settings={"pe_place": "both"})])
+    shown = table.set_index("Row")["This run: digits, statten-2-256, T = 4"].to_dict()
+    assert shown.pop("d") == "50.00" and set(shown.values()) == {"not run"}
+
+
 def test_a_run_on_digits_says_that_it_is_not_cifar():
     smoke = tables.header(Settings("smoke", 1, {}), [record(80.0, **PRESETS["smoke"])])
     assert "preset smoke, dataset digits" in smoke and "not the paper's data" in smoke
@@ -146,6 +161,12 @@ def test_a_run_on_digits_says_that_it_is_not_cifar():
     paper = tables.header(Settings("paper", 1, {}), [record(80.0, **PRESETS["paper"])])
     assert "reproduction" not in paper
     assert "no reproduction" in tables.header(Settings("paper", 1, {"epochs": 3}), [record(80.0, **PRESETS["paper"])])
+
+
+def test_a_run_on_simulated_events_says_so():
+    text = tables.header(Settings("smoke", 1, {}), [record(80.0, dataset="digits-dvs", T=16, image_size=17)])
+    assert "dataset digits-dvs" in text and text.endswith(
+        " These are events simulated from 8 x 8 digits: the numbers show that it runs, no more.")
 
 
 def test_the_header_counts_the_runs_that_learned_nothing():
@@ -163,6 +184,12 @@ def test_a_printed_number_stands_beside_its_own_time_steps_only():
     assert printed(dataset="cifar10", T=4) == "97.14 (Table 1)" and printed(dataset="cifar100", T=4) == "82.05 (Table 1)"
     assert printed(dataset="cifar100", T=2) == "not in our source (Table 1)"
     assert printed(dataset="cifar100", T=8) == printed(dataset="cifar100", T=4, neuron="lif") == printed(T=4) == "none"
+
+
+def test_of_a_network_that_the_paper_does_not_have_no_number_is_printed():
+    for neuron in ("staa", "statten"):
+        config = record(0.0, dataset="cifar10", network="statten-2-256", neuron=neuron, T=4).config
+        assert results.printed(config) == "none"
 
 
 def test_a_table_is_the_same_in_markdown_csv_html_and_latex():
