@@ -256,7 +256,7 @@ class STAALIF(LIF):
     def _reference(self, x: Tensor, dropped: Tensor | None) -> Tensor:
         pe_membrane, pe_output = (None if pe is None else pe.per_step() for pe in (self.pe_membrane, self.pe_output))
         attended = self.attend(x)
-        hm = torch.zeros_like(x[0]) + self.v_reset
+        hm = torch.full_like(x[0], self.v_reset)
         spikes = []
         for t, (x_t, xa_t) in enumerate(zip(x.unbind(), attended.unbind())):
             u = self.mix(hm if pe_membrane is None else hm + pe_membrane[t], xa_t)

@@ -150,7 +150,7 @@ def _open(name: str, train: bool, root: Path) -> Labelled:
     return _cifar(base.upper(), root, train)
 
 
-def _checked(found: Labelled, which: str) -> Labelled:
+def _checked(found: Any, which: str) -> Labelled:
     """What a run needs, the fingerprint at its end included: better now than after the last epoch."""
     for needed in ("targets", "classes", *(["samples", "root"] if not hasattr(found, "data") else [])):
         if not hasattr(found, needed):
@@ -161,6 +161,13 @@ def _checked(found: Labelled, which: str) -> Labelled:
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(found.classes):
         raise DataError(f"the labels of {which} must be whole numbers below {len(found.classes)}, one for each of its "
                         f".classes, but are {', '.join(map(str, np.unique(labels)[[0, -1]]))} and what lies between.")
+    try:  # an object's bytes are its address
+        fits = (not np.asarray(found.data).dtype.hasobject if hasattr(found, "data")
+                else Path(found.samples[0][0]).is_relative_to(found.root))
+    except Exception:  # each of somebody's own fails in its own ways
+        fits = False
+    if not fits:
+        raise DataError(f"{which} must have .data, an array of numbers, or .samples, (path, label) of files in .root.")
     return found
 
 
@@ -192,10 +199,13 @@ def _cifar(name: str, root: Path, train: bool) -> Labelled:
 
 
 def _read_image(path: str):
-    from torchvision.datasets.folder import default_loader
+    from PIL import Image
 
     try:
-        return default_loader(path)
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"its numbers have more than 8 bits, {image.mode}, and would be cut")
+            return image.convert("RGB")
     except Exception as error:  # each format fails in its own ways
         raise DataError(f"the image {path} cannot be read ({records.reason(error)}); replace or remove it.") from None
 
@@ -233,7 +243,8 @@ def fingerprint(dataset: Any, contents: bool = True) -> str:
     else:
         for path, label in dataset.samples:
             try:
-                digest.update(f"{Path(path).relative_to(dataset.root)} {os.path.getsize(path)} {label}\n".encode())
+                name = os.fsencode(Path(path).relative_to(dataset.root))  # which need not be UTF-8
+                digest.update(name + f" {os.path.getsize(path)} {label}\n".encode())
                 if contents:
                     with open(path, "rb") as file:
                         digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -59,12 +59,13 @@ COUNTED: dict[type, Rule] = {
     STAALIF: Rule("mixing by M and N", lambda layer, x, y: 2 * x.numel() * (layer.sa is not None),
                   lambda layer, x: 2 * layer.channels),
     DCT: Rule("DCT", lambda layer, x, y: y.numel() * layer.k ** 2, lambda layer, x: layer.k ** 4,
-              lambda layer: layer.k ** 2),
+              lambda layer: layer.k ** 4),
     FSTALIF: Rule("gates of FSTA", lambda layer, x, y: x.numel() * layer.gates,
                   lambda layer, x: layer.T + x[0, 0, 0].numel()),
     Product: Rule("attention product", lambda layer, x, y: y.numel() * x.shape[-1],
                   lambda layer, x: x.shape[-3] * x.shape[-1] * layer.fan_out, lambda layer: layer.fan_out),
-    Mask: Rule("attention mask", lambda layer, x, y: y.numel(), lambda layer, x: x[0, 0].numel()),
+    Mask: Rule("attention mask", lambda layer, x, y: y.numel(),
+               lambda layer, x: x.shape[2] if layer.per_channel else x[0, 0].numel()),
     nn.BatchNorm2d: Rule("BN", lambda layer, x, y: y.numel(), lambda layer, x: 2 * layer.num_features),
 }
 #: The kinds that are no matrix product, which torch's own counter does not see.

@@ -113,6 +113,9 @@ class Recordings(Dataset):
     """
 
     def __init__(self, name: str, train: bool, root: Path):
+        records.require("tonic", "event datasets")
+        if name == "cifar10dvs":
+            records.require("aedat", "recordings of CIFAR10-DVS")
         self.source, self.root = SOURCES[name], root
         self.classes, labels = self.source.classes, self.source.labels
         folder = root / self.source.folders[not train]
@@ -142,7 +145,8 @@ class Recordings(Dataset):
             self.targets = [label for _, label in self.samples]
 
     def _files(self, folder: Path) -> list[Path]:
-        return sorted(folder.glob(f"**/*{self.source.ending}"), key=self._order)
+        found = (Path(at) / name for at, _, names in os.walk(folder, followlinks=True) for name in names)
+        return sorted((path for path in found if path.suffix == self.source.ending), key=self._order)
 
     @staticmethod
     def _order(path: Path):
@@ -184,7 +188,7 @@ def _download(source: Source, train: bool, root: Path, there: Callable[[], bool]
     part = "train" if train else "test"
     archive, md5, url = (getattr(cls, name, None) or getattr(cls, f"{part}_{name.removeprefix('file_')}")
                          for name in ("filename", "file_md5", "url"))
-    place = root / source.tonic
+    place = (root / source.tonic).resolve()  # a link may lead to another disk
     try:
         with records.building(place) as building:
             if there():
@@ -192,10 +196,10 @@ def _download(source: Source, train: bool, root: Path, there: Callable[[], bool]
             place.mkdir(exist_ok=True)
             own = building / source.tonic
             own.mkdir()
-            (own / archive).symlink_to(place.resolve() / archive)  # where it lies, or is downloaded to
+            (own / archive).symlink_to(place / archive)  # where it lies, or is downloaded to
             cls(str(building), **({} if source.tonic == "CIFAR10DVS" else {"train": train}))
-            folder = root / source.folders[not train]
-            for name in source.labels if folder == place else [folder.name]:
+            folder = source.folders[not train]
+            for name in source.labels if folder == source.tonic else [Path(folder).name]:
                 if not (place / name).exists():
                     (own / name).rename(place / name)
     except Exception as error:  # the network's, the archive's or the disk's

@@ -88,8 +88,8 @@ TABLE4_STEPS = {"GC": ("GC", "baseline"), "PE": ("GC + PE", "GC"), "TSRD without
 #: The introduction's claims on convergence. LIF is Table 4's baseline, so that these are three of its rows.
 CONVERGENCE = [("LIF", TABLE4[0][1]), ("STAA", TABLE4[5][1]), ("STAA without TSRD", TABLE4[4][1])]
 
-#: Table 3's own rows, at T = 16.
-TABLE3 = {"cifar10dvs": ["resnet20", "vgg13"], "dvsgesture": ["vgg13"]}
+#: Table 3's own rows, at T = 16; and what is flipped too, as in MPBN's public code [lineage].
+TABLE3, FLIP = {"cifar10dvs": ["resnet20", "vgg13"], "dvsgesture": ["vgg13"]}, {"cifar10dvs": {"augment": "flip+roll"}}
 #: FSTA's comparison: label -> neuron and its settings. "FSTA's LIF" is the neuron of its code without the module, which
 #: fires at half the potential of "LIF": what the module changes is seen beside that one.
 FSTA = {"LIF": ("lif", {}), "FSTA's LIF": ("fsta", dict(temporal=False, spatial=False, slope=3.0)),
@@ -233,15 +233,13 @@ def energy(settings: Settings) -> list[Config]:
 
 def table3(settings: Settings, item: str = "table3") -> list[Config]:
     """Table 3: each own row with STAA and with the plain LIF neuron, T = 16, every seed. In smoke, and on a dataset
-    that the paper does not have, both networks. CIFAR10-DVS is flipped too, as in MPBN's public code [lineage]."""
+    that the paper does not have, both networks."""
     datasets = settings.datasets("cifar10dvs", "dvsgesture", smoke="digits-dvs")
     for name in datasets:
-        if not data.describe(name).sensor:
-            raise ConfigError(f"dataset of {item} must be one of events, as digits-dvs or cifar10dvs, got {name!r}")
-    flip = {"cifar10dvs": {"augment": "flip+roll"}}
-    return settings.runs(item, [dict(dataset=dataset, network=network, T=16, neuron=neuron) | flip.get(dataset, {})
-                                for dataset in datasets
-                                for network, neuron in product(TABLE3.get(dataset, ["resnet20", "vgg13"]), TWINS)], {})
+        one_of(f"dataset of {item}", name, [known for known, about in data.DATASETS.items() if about.sensor])
+    rows = [dict(dataset=name, network=network, T=16, neuron=neuron) | FLIP.get(name, {})
+            for name in datasets for network in TABLE3.get(name, ["resnet20", "vgg13"]) for neuron in TWINS]
+    return settings.runs(item, rows, {})
 
 
 def figure4(settings: Settings) -> list[Config]:
@@ -290,9 +288,8 @@ def rows(settings: Settings) -> list[Config]:
 
 def siblings(settings: Settings) -> list[Config]:
     """STAA, FSTA and STAtten on the same data, epochs and seeds: runs of `fsta` and of `statten`."""
-    for name in ("network", "neuron"):
-        if name in settings.changes:
-            raise ConfigError(f"{name} must be left out, for siblings takes those of fsta and statten")
+    for name in {"network", "neuron"} & settings.changes.keys():
+        raise ConfigError(f"{name} must be left out, for siblings takes those of fsta and statten")
     return ([c for c in fsta(settings) if c.neuron == "staa" or c.neuron == "fsta" and c.neuron_settings["spatial"]]
             + [c for c in statten(settings) if c.network_settings.get("chunk") == 2])
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from . import records
+from .events import checked
 from .records import DataError, Labelled
 
 #: How events become T frames: bins that hold the same number of events, or last the same time.
@@ -47,7 +48,9 @@ class Frames(Dataset):
     VERSION = b"staa frames 1\n"
 
     def __init__(self, recordings: Labelled, fingerprint: str, *, T: int, by: str, sensor: int, size: int):
+        records.require("tonic", "frames of events")
         self.recordings, self.targets, self.classes = recordings, recordings.targets, recordings.classes
+        self.sensor = sensor
         self.shape, self.make = (T, 2, size, size), partial(to_frames, T=T, by=by, sensor=sensor, size=size)
         changed = [os.stat(path).st_mtime_ns for path, _ in getattr(recordings, "samples", [])]
         key = hashlib.sha256(repr((self.VERSION, fingerprint, changed, T, by, sensor, size)).encode()).hexdigest()[:16]
@@ -69,7 +72,7 @@ class Frames(Dataset):
             warnings.warn(f"the cached frames {path} are damaged or of another version ({error}) and are made again.")
             frames = None
         if frames is None:
-            frames = self.make(self.recordings[i][0])
+            frames = self.make(checked(self.recordings[i][0], self.sensor, f"recording {i}"))
             records.write(path, self.VERSION + zlib.compress(frames.tobytes(), 1))
         return torch.from_numpy(frames), self.targets[i]
 

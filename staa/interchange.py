@@ -141,9 +141,9 @@ class Export:
             place = f"{name}.{child}"
             if isinstance(layer, nn.Conv2d):
                 bn = dict(enumerate(layers)).get(k + 1, ("", None))[1]
-                if layer.bias is not None or not is_fixed(bn):
-                    raise InterchangeError(f"{place} must be a convolution without a bias, and after it BN with "
-                                           f"weights and running statistics, and this is {layer} and then {bn}")
+                if layer.bias is not None or layer.groups > 1 or not is_fixed(bn):
+                    raise InterchangeError(f"{place} must be a convolution without a bias, in one group, and after it "
+                                           f"BN with weights and running statistics, and this is {layer} and then {bn}")
                 source = self.node(place, self.conv(layer, bn, self.shapes[source]), [source])
             elif isinstance(layer, nn.AvgPool2d):
                 source = self.average(place, layer, source)

@@ -80,6 +80,8 @@ def source(name: str, tag: str = "") -> str:
 
 def items() -> list[Item]:
     names = [path.stem for path in NOTEBOOKS.glob("*.ipynb")]
+    if not names:
+        raise ConfigError(f"the notebooks come with a checkout of the project, and {NOTEBOOKS} has none.")
     found = []
     for name in [n for n in ORDER if n in names] + sorted(set(names) - set(ORDER)):
         first = source(name)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,7 +53,13 @@ def folder(kind: str) -> Path:
     home = ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()
     default = {"runs": "runs", "figures": "figures", "data": "data/sets", "records": "data/records",
                "networks": "data/networks", "paper": "data/paper"}[kind]
-    return Path(os.environ.get(f"STAA_{kind.upper()}") or home / default)
+    return Path(os.environ.get(f"STAA_{kind.upper()}") or home / default).expanduser()
+
+
+def require(package: str, what: str) -> None:
+    """Raises DataError where a package that `what` need is not installed."""
+    if not find_spec(package):
+        raise DataError(f"{what} need {package}, which is not installed; the extra notebooks has it.")
 
 
 @dataclass(frozen=True)

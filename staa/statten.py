@@ -70,7 +70,11 @@ class Product(nn.Module):
 
 
 class Mask(nn.Module):
-    """spikes * other, element by element, as a layer."""
+    """spikes * other, element by element, as a layer. per_channel: other is one number a channel, (T, B, C, 1, 1)."""
+
+    def __init__(self, per_channel: bool = False):
+        super().__init__()
+        self.per_channel = per_channel
 
     def forward(self, spikes: Tensor, other: Tensor) -> Tensor:
         return spikes * other
@@ -124,7 +128,7 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (nn.Sequential(Steps(conv1x1(dim, dim), nn.BatchNorm2d(dim)), neuron(dim))
                                   for _ in range(3))
         if joint is None:
-            self.context, self.read = Mask(), Mask()
+            self.context, self.read = Mask(), Mask(per_channel=True)
         self.neuron2 = half_threshold(neuron(dim))
         self.project = Steps(conv1x1(dim, dim), nn.BatchNorm2d(dim))
 

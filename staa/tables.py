@@ -25,7 +25,10 @@ NAMES = LABELS | EVENT_LABELS | {"imagefolder:imagenet": "ImageNet"}
 
 def paper(name: str) -> pd.DataFrame:
     """data/paper/NAME.csv as text, a row a number, digits as printed; a lost cell is "not in our source"."""
-    frame = pd.read_csv(records.folder("paper") / f"{name}.csv", dtype=str, keep_default_na=False)
+    path = records.folder("paper") / f"{name}.csv"
+    if not path.is_file():
+        raise records.RecordError(f"the paper's numbers come with a checkout of the project, and {path} is not there.")
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     return frame.assign(accuracy=frame.accuracy.replace("", LOST)) if "accuracy" in frame else frame
 
 

@@ -65,6 +65,23 @@ def test_a_bad_setting_gets_one_sentence(settings, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name, least", [
+    *((name, 1) for name in ("T", "epochs", "batch_size", "image_size", "threads")),
+    *((name, 0) for name in ("train_images", "microbatch", "seed", "warmup_epochs", "clip_norm", "weight_decay"))])
+def test_a_setting_below_its_bound_is_told_the_bound(name, least):
+    real = name in ("clip_norm", "weight_decay")
+    for below in (-0.5, -3.0) if real else (least - 1, -3):
+        with pytest.raises(ConfigError, match=f"^{name} must be at least {least}, got {below}$"):
+            Config(**{name: below})
+    if name != "image_size":  # the network needs more than a pixel
+        assert getattr(Config(network="resnet20", **{name: least}), name) == least
+
+
+def test_a_name_is_a_files_name_whatever_folder_the_dataset_is():
+    config = Config(dataset="imagefolder:my/pets:small", network="vgg13", neuron="lif", T=2, seed=3)
+    assert config.name == f"imagefolder_my_pets_small-vgg13-lif-T2-s3-{config.hash}"
+
+
 def test_an_unknown_setting_is_named():
     for make in (lambda: Config.from_dict({"learning_rate": 0.1}), lambda: Config().but(learning_rate=0.1)):
         with pytest.raises(ConfigError, match="a setting must be one of dataset, .*got 'learning_rate'"):

@@ -1,6 +1,7 @@
 """Splits, subsets, augmentation and files of the official formats."""
 
 import hashlib
+import os
 import pickle
 
 import numpy as np
@@ -163,6 +164,20 @@ def test_a_damaged_image_is_named(tree, damage):
         list(View(load("imagefolder:pets", True), range(8), transform("imagefolder:pets", 28)))
 
 
+def test_an_image_of_more_than_eight_bits_is_refused_rather_than_cut(tree):
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tree / "train" / "cat" / "1.png")
+    with pytest.raises(DataError, match=r"cat/1.png cannot be read \(its numbers have more than 8 bits, I"):
+        list(View(load("imagefolder:pets", True), range(8), transform("imagefolder:pets", 28)))
+
+
+def test_a_file_name_need_not_be_utf8(tree):
+    before = data.fingerprint(load("imagefolder:pets", True))
+    folder = os.fsencode(tree / "train" / "cat")
+    os.rename(folder + b"/1.png", folder + b"/caf\xe9.png")
+    found = load("imagefolder:pets", True)
+    assert len(found) == 8 and data.fingerprint(found) != before
+
+
 def images(n=6, size=32, channels=3):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (n, size, size, channels), dtype=np.uint8)
@@ -228,6 +243,13 @@ def test_cutout_zeroes_one_clipped_square_with_a_uniform_centre():
     assert abs(holes.any(1)[:, 16].float().mean() - 0.5) < 0.05 and abs(holes.any(1)[:, 0].float().mean() - 0.25) < 0.05
 
 
+@pytest.mark.parametrize("name, size, side", [("digits", 16, 8), ("imagefolder", 24, 12), ("cifar10", 32, 16)])
+def test_autoaugments_square_is_half_the_image(name, size, side):
+    (cut,) = [step for step in transform(name, size, "autoaugment").transforms if isinstance(step, Cutout)]
+    holes = torch.stack([cut(torch.ones(1, size, size))[0] == 0 for _ in range(60)])
+    assert holes.any(2).sum(1).max() == holes.any(1).sum(1).max() == side
+
+
 @pytest.mark.parametrize("augment", data.AUGMENTATIONS)
 @pytest.mark.parametrize("name, size", [("digits", 16), ("cifar10", 32), ("imagefolder", 24)])
 def test_every_augmentation_gives_a_finite_image_of_the_right_size(name, size, augment):
@@ -289,12 +311,21 @@ def test_a_folders_fingerprint_sees_a_changed_file(tree):
     assert data.fingerprint(load("imagefolder:pets", True)) != before
 
 
+def as_files(own, samples):
+    del own.data
+    own.samples, own.root = samples, "/here"
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda d: delattr(d, "data"), "must have .*lacks .samples"), (lambda d: delattr(d, "classes"), "lacks .classes"),
     (lambda d: delattr(d, "targets"), "lacks .targets"), (lambda d: setattr(d, "targets", []), "at least one image"),
     (lambda d: setattr(d, "classes", ["a"]), "whole numbers below 1, .* but are 0, 9"),
     (lambda d: setattr(d, "targets", [str(k) for k in d.targets]), "whole numbers below 10"),
-    (lambda d: setattr(d, "targets", [k - 1 for k in d.targets]), "but are -1, 8")])
+    (lambda d: setattr(d, "targets", [k - 1 for k in d.targets]), "but are -1, 8"),
+    (lambda d: setattr(d, "data", [object()] * len(d.targets)), "an array of numbers"),
+    (lambda d: setattr(d, "data", [[1], [2, 3]]), "an array of numbers"),
+    (lambda d: as_files(d, [("/elsewhere/a.png", 0)]), "of files in .root"),
+    (lambda d: as_files(d, ["/here/a.png"]), "of files in .root")])
 def test_a_dataset_of_ones_own_is_judged_before_it_is_trained_on(monkeypatch, change, words):
     class Own(torch.utils.data.Dataset):
         def __init__(self, digits):

@@ -178,6 +178,69 @@ def test_the_coefficients_of_what_is_no_layer_by_hand():
     assert read == {"context": 32 * 2 * 4 * 4, "read": 8 * 4 * 4}  # V of a chunk; a matrix K^T V for each of 8 heads
 
 
+def test_the_coefficients_of_fstas_gates_the_context_the_mask_and_bn_by_hand():
+    def read(network, images, what, **choice):
+        return [op.coefficients for op in energy.measure(network, [images], **choice).operations if op.what == what]
+
+    images = torch.rand(2, 2, 8, 8)  # 5 channels of 8 x 8, then 6 of 4 x 4
+    assert read(Small(FSTALIF, T=3), images, "gates of FSTA") == [3 + 8 * 8, 3 + 4 * 4]  # g and a
+    assert read(Small(NEURONS["staa"], T=3), images, "context product") == [8 * 8, 4 * 4]  # softmax over the places
+    network = Small(lif, T=3)
+    network.two[0].append(nn.BatchNorm2d(6))
+    assert read(network, images, "BN", bn_folded=False) == [2 * 6]  # a scale and a shift of each channel
+    network = build("sdt-2-256", "statten", T=2, width=1 / 8)
+    found = energy.measure(network, [torch.rand(2, 3, 16, 16)])
+    masks = [op.coefficients for op in found.operations if op.what == "attention mask"]
+    assert masks == [32 * 4 * 4, 32] * 2  # V of a step, and what fires by channel, in each of two blocks
+
+
+def test_an_input_of_a_dct_meets_every_coefficient_of_every_window():
+    found = energy.measure(Small(partial(FSTALIF, k=3), T=3), [torch.rand(1, 2, 8, 8)])
+    (first, second) = [op for op in found.operations if op.what == "DCT"]
+    for op in (first, second):
+        assert op.fan_out == op.sums == 9 * 9 == op.multiply_adds / op.inputs, "nine windows, nine frequencies in each"
+
+
+def test_an_input_of_a_convolution_in_groups_meets_its_own_group_only():
+    network = Small(lif, T=1)
+    network.one[0][0] = nn.Conv2d(2, 4, 3, 2, padding=1, groups=2)
+    network.two[0][0] = nn.Conv2d(4, 6, 3, padding=1, bias=False, groups=2)
+    one, two, _ = energy.measure(network, [torch.ones(1, 2, 8, 8)]).operations
+    assert (one.fan_out, one.sums) == (2 * 9, 2 * 4)  # 2 of 4 channels; at most 2 x 2 of the windows with a stride of 2
+    assert (two.fan_out, two.sums) == (3 * 9, 3 * 9)
+    assert one.multiply_adds == 4 * 4 * 4 * 9 and two.multiply_adds == 4 * 4 * 6 * 2 * 9
+
+
+class Mixing(nn.Module):
+    """Each place's 2 channels to 3, by a product that is in no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3, 2))
+
+    def forward(self, x):
+        return torch.einsum("tbchw,dc->tbdhw", x, self.weight)
+
+
+def test_a_module_of_ones_own_is_counted_and_costs_what_it_reads(monkeypatch):
+    rule = energy.Rule("mine", lambda layer, x, y: 2 * y.numel(), lambda layer, x: layer.weight.numel(),
+                       lambda layer: len(layer.weight))
+    monkeypatch.setitem(energy.COUNTED, Mixing, rule)
+    network = Small(lif, T=1)
+    network.one.insert(0, Mixing())
+    network.one[1][0] = nn.Conv2d(3, 5, 3)
+    found = energy.measure(network, [torch.ones(1, 2, 8, 8)])
+    (mine,) = [op for op in found.operations if op.what == "mine"]
+    assert (mine.name, mine.sees, mine.spikes) == ("one.0", "spikes", 2 * 64)
+    assert mine.acs == mine.multiply_adds == 3 * 2 * 64
+    met = 2 * 64 * 3  # each spike meets three weights, is added to three potentials, and there is no bias
+    pj = {"operations": met * 0.1, "addressing": met * 0.1, "inputs and outputs": 2 * 64 * 4000 / 8192 * 10,
+          "weights": met * 6 * 4 / 8192 * 10, "potentials": 2 * met * 3 * 64 * 4 / 8192 * 10}  # 8 kB cost 10 pJ
+    assert lemaire.spiking(mine, found) == pytest.approx(pj)
+    alone = dataclasses.replace(found, operations=[mine], rates={})
+    assert {part: mj * 1e9 for part, mj in lemaire.energy(alone).items()} == pytest.approx(pj)
+
+
 def test_bn_folded_or_not():
     images = torch.rand(1, 3, 32, 32)
     network = firing(build("vgg13", "lif", T=2, width=1 / 16), images)

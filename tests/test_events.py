@@ -15,7 +15,7 @@ import torch
 from staa import Config, data, events, frames, records
 from staa.config import ConfigError
 from staa.data import DataError, View, load, load_for, transform
-from staa.simulator import EVENT
+from staa.simulator import EVENT, Sensor
 
 
 def recording(n=60, sensor=34, seed=0):
@@ -77,6 +77,27 @@ def test_nmnist_is_read_from_any_number_of_recordings(root):
     assert data.fingerprint(train) != data.fingerprint(test)
 
 
+def test_links_to_folders_are_followed(root, tmp_path):
+    real = tmp_path / "elsewhere"
+    (root / "NMNIST" / "Train" / "3").rename(real)
+    (root / "NMNIST" / "Train" / "3").symlink_to(real)
+    assert load("nmnist", True).targets == sorted([*range(10)] * 3)
+
+
+@pytest.mark.parametrize("package, name", [("tonic", "nmnist"), ("aedat", "cifar10dvs")])
+def test_a_library_that_is_missing_is_no_damage(root, monkeypatch, package, name):
+    find = records.find_spec
+    monkeypatch.setattr(records, "find_spec", lambda n: None if n == package else find(n))
+    with pytest.raises(DataError, match=f"^.* need {package}, which is not installed; the extra notebooks has it.$"):
+        load(name, True)
+
+
+def test_frames_of_the_digits_need_tonic_too(monkeypatch):
+    monkeypatch.setattr(records, "find_spec", lambda n: None)
+    with pytest.raises(DataError, match="^frames of events need tonic, which is not installed"):
+        load_for(Config(dataset="digits-dvs", image_size=34, T=4), True)
+
+
 def test_dvsgesture_is_read_as_tonic_stores_it(tmp_path):
     for split, user in (("Train", 1), ("Test", 24)):
         folder = tmp_path / "data" / "DVSGesture" / f"ibmGesture{split}" / f"user{user:02}_led"
@@ -125,6 +146,11 @@ def test_cifar10dvs_has_one_test_set_for_everyone(cifar10dvs):
     whole.write_bytes(whole.read_bytes()[:-40])
     with pytest.raises(DataError, match="cifar10_horse_0.aedat4 is truncated or damaged"):
         train[seen["cifar10_horse_0.aedat4"]]
+    extra = cifar10dvs / "ship" / "cifar10_ship_1000.aedat4"
+    extra.touch()
+    with pytest.raises(DataError, match="the class ship .* must have 1,000 recordings, has 1,001"):
+        load("cifar10dvs", True)
+    extra.unlink()
     (cifar10dvs / "ship" / "cifar10_ship_77.aedat4").unlink()
     with pytest.raises(DataError, match="the class ship .* must have 1,000 recordings, has 999"):
         load("cifar10dvs", True)
@@ -204,6 +230,16 @@ def test_t_is_between_one_and_the_number_of_events(T):
     for by in frames.FRAMES:
         with pytest.raises(DataError, match=f"T must be between 1 and 60 for a recording of 60 events .*, got {T}"):
             frames.to_frames(recording(), T, by, 34, 34)
+
+
+def test_bins_of_equal_count_may_be_shorter_than_a_microsecond():
+    found = recording(n=12)
+    found["t"] = 5 + np.arange(12) // 4  # three time stamps
+    made = frames.to_frames(found, 6, "count", 34, 34)
+    assert made.sum((1, 2, 3)).tolist() == [2] * 6
+    assert all(made[i // 2, int(p), y, x] for i, (x, y, _, p) in enumerate(found.tolist()))
+    with pytest.raises(DataError, match="T must be between 1 and 2 for .* 12 events and 2 microseconds, got 6"):
+        frames.to_frames(found, 6, "time", 34, 34)
 
 
 def test_frames_come_from_the_cache_and_a_change_never_finds_them(root):
@@ -343,10 +379,12 @@ def test_frames_are_in_the_hash_of_events_only():
     assert Config().hash == "b94e7255724c", "runs of images have kept the names they had before there were events"
 
 
-def test_the_digits_fingerprint_holds_how_they_are_simulated(monkeypatch):
+@pytest.mark.parametrize("name, value", [("radius", 3.0), ("pictures", 95), ("milliseconds", 299), ("dark", 0.1),
+                                         ("sensor", Sensor(34, threshold=0.3, mismatch=0.03, noise=1.0, seed=1))])
+def test_the_digits_fingerprint_holds_how_they_are_simulated(monkeypatch, name, value):
     before = data.fingerprint(load("digits-dvs", True))
     assert before != data.fingerprint(load("digits", True))
-    monkeypatch.setattr("staa.simulator.Simulated.radius", 3.0)
+    monkeypatch.setattr(f"staa.simulator.Simulated.{name}", value)
     assert data.fingerprint(load("digits-dvs", True)) != before
 
 

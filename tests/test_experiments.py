@@ -219,9 +219,13 @@ def test_a_failed_run_lets_go_of_its_network(monkeypatch):
     ("table1", dict(network="resnet18"), "^table1 has no run with network=resnet18; here it can be resnet19 or resnet20 or vgg13$"),
     ("table1", dict(neuron="fsta"), "^table1 has no run with neuron=fsta; here it can be lif or staa$"),
     ("table2", dict(network="resnet20"), "^table2 has no run with network=resnet20"),
+    ("table2", dict(T=2), "^table2 has no run with T=2; here it can be 4$"),
     ("table3", dict(T=8), "^table3 has no run with T=8; here it can be 16$"),
     ("figure4", dict(T=8), "^figure4 has no run with T=8"),
     ("figure4", dict(dataset="dvsgesture"), "^figure4 has no run with dataset=dvsgesture"),
+    *((item, own, f"^dataset of {item} must be one of digits-dvs, nmnist, cifar10dvs, dvsgesture, got '{name}'$")
+      for item in ("table3", "figure4")
+      for own, name in ((dict(dataset="digits"), "digits"), (dict(preset="cut"), "cifar10"))),
     ("energy", dict(neuron="fsta"), "^energy has no run with neuron=fsta"),
     ("table4", dict(neuron_settings={"r": 8}), "^neuron_settings must be left out, for table4 varies it itself"),
     ("figure3", dict(neuron_settings={"beta": 0.3}), "^neuron_settings must be left out, for figure3 "),
@@ -232,11 +236,28 @@ def test_a_failed_run_lets_go_of_its_network(monkeypatch):
     ("table4", dict(neuron="lif"), "^neuron of table4 must have the setting beta, which it varies, got 'lif'$"),
     ("statten", dict(network="resnet20"), "^network of statten must be one of statten-2-256, .*, got 'resnet20'$"),
     ("statten", dict(augment="standard"), "^augment of statten, .* must be one of none, got 'standard'$"),
-    ("siblings", dict(network="vgg13"), "^network must be left out, for siblings ")])
+    ("siblings", dict(network="vgg13"), "^network must be left out, for siblings "),
+    ("siblings", dict(neuron="staa"), "^neuron must be left out, for siblings ")])
 def test_what_an_item_has_no_use_for_is_refused_in_one_sentence(item, changes, words):
-    asked = Settings("smoke", changes.pop("seeds", 1), changes)
+    changes = dict(changes)
+    asked = Settings(changes.pop("preset", "smoke"), changes.pop("seeds", 1), changes)
     with pytest.raises(ConfigError, match=words):
         ITEMS[item](asked)
+
+
+def test_a_transformer_pools_once_on_digits_of_eight_pixels_and_twice_on_cifar():
+    for asked, pools in ((Settings("smoke", 1, {}), "0001"), (Settings("paper", 1, {}), "0011"),
+                         (Settings("smoke", 1, {"image_size": 16}), "0011")):
+        assert {c.network_settings["pools"] for c in statten(asked)} == {pools}
+    sizes = {c.network_settings["pools"] for c in statten(Settings("paper", 1, {"network": "statten-8-512"}))}
+    assert sizes == {"1111"}
+
+
+def test_a_presets_own_size_written_out_gives_the_same_runs():
+    asked = [settings(dict(preset="smoke", seeds=1) | more) for more in ({}, dict(image_size=8))]
+    for item in ("statten", "fsta", "siblings"):
+        left_out, written = ([c.hash for c in ITEMS[item](s)] for s in asked)
+        assert left_out == written
 
 
 def test_a_parameter_is_judged_on_the_items_own_datasets_and_networks():
@@ -278,6 +299,12 @@ def test_presets_train_as_the_notebooks_and_the_readme_say():
     assert differs("table2", "paper") == dict(epochs=300, augment="imagenet", image_size=224, batch_size=256, weight_decay=1e-4)
     assert differs("table3", "paper") == dict(epochs=500, augment="flip+roll", image_size=48, T=16, frames="count")
     assert differs("table4", "cut") == dict(epochs=3, train_images=10_000, width=0.25, augment="standard", batch_size=64, lr=0.02)
+    smoke = dict(image_size=8, width=0.125, epochs=3, batch_size=32)
+    assert differs("fsta", "smoke") == differs("siblings", "smoke") == smoke | dict(lr=0.02)
+    transformer = dict(optimizer="adamw", lr=5e-3, weight_decay=0.01, label_smoothing=0.1)
+    assert differs("statten", "smoke") == smoke | transformer | dict(T=8)
+    own = statten(Settings("smoke", 1, {}))
+    assert {(c.image_size, c.width, c.batch_size, c.lr, c.T) for c in own} == {(8, 0.125, 32, 5e-3, 4)}
     assert ITEMS["statten"](Settings("paper", 1, {}))[-1].optimizer == "adamw"
     (static,) = {(c.lr, c.weight_decay, c.label_smoothing, c.epochs, c.warmup_epochs) for c in statten(Settings("paper", 1, {}))}
     assert static == (3e-4, 0.01, 0.1, 500, 50)

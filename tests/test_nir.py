@@ -71,6 +71,17 @@ def test_spikingjelly_reads_the_file_and_spikes_the_same(tmp_path, name, setting
     torch.testing.assert_close(their_logits, logits)
 
 
+def test_spikingjelly_reads_a_convolution_with_holes():
+    network = staa.build("resnet20", "lif", T=T, width=1 / 16)
+    network.stem[2][0] = nn.Conv2d(4, 4, 3, padding=2, dilation=2, bias=False)
+    graph = to_nir(trained_like(network), 32)
+    assert tuple(graph.nodes["stem.2.0"].dilation) == (2, 2)
+    x = torch.rand(3, 3, 32, 32, dtype=torch.float64)
+    _, ours = our_spikes(network, x)
+    _, theirs = their_spikes(graph, x, list(ours))
+    assert all(torch.equal(spikes, theirs[layer]) and spikes.any() for layer, spikes in ours.items())
+
+
 def test_snntorch_reads_the_same_neuron():
     """Another reader of the same node: reset to zero and forward Euler."""
     from snntorch.import_nir import _nir_to_snntorch_module
@@ -111,6 +122,27 @@ def test_the_export_leaves_the_network_as_it_was():
     assert not any(rates.count.values()) and not any(m._forward_hooks for m in network.modules())
 
 
+def test_the_callers_hooks_are_not_called_and_stay():
+    network, called = staa.build("vgg13", "lif", T=2, width=1 / 16), []
+    modules = [network, network.stages[0], network.stages[1]]
+    for module in modules:
+        module.register_forward_pre_hook(lambda module, inputs: called.append("before"))
+        module.register_forward_hook(lambda module, inputs, out: called.append("after"))
+    to_nir(network, 32)
+    assert called == []
+    network(torch.rand(1, 3, 32, 32))
+    assert sorted(called) == ["after"] * 3 + ["before"] * 3
+
+
+@pytest.mark.parametrize("height, width", [(8, 9), (9, 8), (9, 9)])
+def test_a_pool_that_goes_over_either_edge_is_refused(height, width):
+    export = interchange.Export(nir, DT)
+    export.shapes = {"before": (4, height, width)}
+    with pytest.raises(InterchangeError, match=f"^pool pools 2 x 2 of {height} x {width} positions"):
+        export.average("pool", nn.AvgPool2d(2, ceil_mode=True), "before")
+    assert not export.nodes and export.average("pool", nn.AvgPool2d(2), "before") == "pool", "the edge is left out"
+
+
 def changed(name, layer):
     network = staa.build("resnet20", "lif", T=2, width=1 / 16)
     place, _, last = name.rpartition(".")
@@ -126,15 +158,16 @@ def changed(name, layer):
     (lambda: staa.build("resnet18", "lif", T=2, width=1 / 16), 32, "stem.2.0 is a MaxPool2d, for which NIR has no node"),
     (lambda: staa.build("statten-2-256", "lif", T=4, width=1 / 8), 32, "VGG and ResNet are exported to NIR, and this is a STAtten"),
     (lambda: staa.build("resnet20", "lif", T=2, width=1 / 16), 18, "pools 2 x 2 of 9 x 9 positions"),
-    (lambda: changed("stem.0.1", nn.Identity()), 32, r"stem.0.0 must be a convolution without a bias, and after it BN with "
-     r"weights and running statistics, and this is Conv2d\(.*\) and then Identity\(\)"),
+    (lambda: changed("stem.0.1", nn.Identity()), 32, r"stem.0.0 must be a convolution without a bias, in one group, and after "
+     r"it BN with weights and running statistics, and this is Conv2d\(.*\) and then Identity\(\)"),
     (lambda: changed("stem.0.1", nn.BatchNorm2d(4, track_running_stats=False)), 32, "track_running_stats=False"),
     (lambda: changed("stem.0.1", nn.BatchNorm2d(4, affine=False)), 32, "affine=False"),
     (lambda: changed("stem.0.0", nn.Conv2d(3, 4, 3, padding=1)), 32, "must be a convolution without a bias"),
+    (lambda: changed("stem.2.0", nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False)), 32, "in one group.*groups=2"),
     (lambda: changed("head", nn.Linear(32, 10, bias=False)), 32, "head must be a Linear with a bias"),
     (lambda: changed("head", nn.Sequential(nn.Linear(32, 10))), 32, "head must be a Linear with a bias"),
 ], ids=["staa", "fsta", "statten's neuron", "max pool", "transformer", "uneven pool", "no BN", "BN without statistics",
-        "BN without weights", "a bias", "a head without a bias", "another head"])
+        "BN without weights", "a bias", "groups", "a head without a bias", "another head"])
 def test_what_nir_cannot_express_is_refused_with_the_reason(tmp_path, network, size, said):
     with pytest.raises(InterchangeError, match=said) as caught:
         write(tmp_path / "network.nir", network(), size)

@@ -78,6 +78,15 @@ def test_the_page_holds_everything_and_needs_nothing_else():
     assert "Not made yet." in parts["table1"]
 
 
+def test_outside_a_checkout_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "NOTEBOOKS", tmp_path)
+    with pytest.raises(ConfigError, match="^the notebooks come with a checkout of the project, and .* has none.$"):
+        page.listing()
+    monkeypatch.setenv("STAA_PAPER", str(tmp_path))
+    with pytest.raises(records.RecordError, match="^the paper's numbers come with a checkout .*table1.csv is not there"):
+        tables.paper_table1()
+
+
 def test_the_list_says_what_is_there():
     lines = {line.split()[0]: line for line in page.listing().splitlines()}
     assert "0 of 18 runs" in lines["table4"] and "0 of 11 runs" in lines["figure3"] and "no runs" in lines["figure1"]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from functools import partial
+from pathlib import Path
 
 import faults
 import numpy as np
@@ -101,6 +102,11 @@ def test_all_records_of_the_project_are_listed_by_name(root):
 
 
 # --- where and how ---
+
+def test_a_tilde_in_a_folders_setting_is_the_home(monkeypatch):
+    monkeypatch.setenv("STAA_DATA", "~/sets")
+    assert records.folder("data") == Path.home() / "sets"
+
 
 def test_the_folders_are_the_checkouts_and_outside_one_lie_in_the_current_folder(tmp_path, monkeypatch):
     names = {"runs": "runs", "figures": "figures", "data": "data/sets", "records": "data/records", "networks": "data/networks"}

@@ -86,6 +86,17 @@ def test_cutout_is_the_pipelines():
     assert set(map(int, found.flatten(1).eq(0).sum(1).unique())) >= {int((one == 0).sum())}
 
 
+@pytest.mark.parametrize("size", [16, 24, 32])
+def test_the_square_that_is_cut_out_is_half_the_image(monkeypatch, size):
+    for step in ("crop_and_flip", "auto_augment"):
+        monkeypatch.setattr(resident, step, lambda x, draw: x)
+    dataset = Noise(60)
+    dataset.data = np.full((60, size, size, 3), 255, np.uint8)
+    white, _ = epoch(dataset)
+    holes = (epoch(dataset, "autoaugment")[0] != white).all(1)
+    assert holes.any(2).sum(1).max() == holes.any(1).sum(1).max() == size // 2
+
+
 def test_auto_augment_applies_torchvisions_operations(monkeypatch):
     """With the same draws it is torchvision's own AutoAugment of each image, to the last bit."""
     images = torch.from_numpy(Noise(60).data).permute(0, 3, 1, 2)

@@ -91,6 +91,35 @@ def test_mismatch_is_the_sensors_and_noise_the_recordings():
     assert len(sensor.record(still, TIMES, seed=2)) != len(noise)
 
 
+def test_no_threshold_is_below_a_fifth_of_the_nominal_one():
+    thresholds = Sensor(64, threshold=0.5, mismatch=5.0).thresholds()
+    assert thresholds.min() == pytest.approx(0.1) and 0.4 < (thresholds == thresholds.min()).mean() < 0.55, "half below"
+
+
+def test_noise_is_as_old_as_the_film():
+    noise = Sensor(64, noise=2.0).record(np.ones((41, 64, 64)), 7_000_000 + TIMES)
+    since = noise["t"] - 7_000_000
+    assert len(noise) == pytest.approx(2.0 * 64 * 64 * 0.1, rel=0.15) and 0 <= since.min() and since.max() <= 100_000
+    assert since.mean() == pytest.approx(50_000, rel=0.1)
+
+
+def test_no_event_lies_outside_its_interval_however_a_threshold_is_rounded():
+    """A rise by the whole threshold, of which some fall short by rounding, and then the smallest rise there is."""
+    dark = np.random.default_rng(0).uniform(0.1, 1, (32, 32))
+    light = dark * np.e
+    film = np.stack([dark, light, np.nextafter(light, 9)])
+    events = Sensor(32, threshold=1.0).record(film, np.array([0, 1000, 2000]))
+    late = events[events["t"] > 1000]
+    assert len(events) > 900 and len(late) and 990 <= events["t"].min() and events["t"].max() <= 2000
+
+
+def test_events_at_one_time_come_in_the_order_of_their_pixels():
+    flash = np.stack([np.full((32, 32), level) for level in (0.2, 1.0)])
+    events = Sensor(32, threshold=0.3).record(flash, np.array([0, 1000]))
+    assert events["t"].tolist() == np.repeat([int(0.3 * k / np.log(5) * 1000) for k in range(1, 6)], 1024).tolist()
+    assert (events["y"] * 32 + events["x"] == np.tile(np.arange(1024), 5)).all()
+
+
 def test_a_path_is_closed_and_its_speed_is_constant():
     path = closed_path(97, 4.0)
     assert (path[0] == path[-1]).all() and abs(path).max() == 4.0
@@ -141,6 +170,8 @@ def test_a_mask_is_where_ink_brighter_than_half_passes():
 
 @pytest.mark.parametrize("settings, words", [
     (dict(threshold=0.0), "threshold must be above 0"), (dict(mismatch=-1.0), "mismatch must be a finite"),
+    (dict(threshold=float("inf")), "threshold must be above 0 and finite, got inf"),
+    (dict(mismatch=float("inf")), "mismatch must be a finite"),
     (dict(noise=float("nan")), "noise must be a finite"), (dict(size=0), "size of a sensor must be at least 1")])
 def test_a_bad_sensor_is_refused(settings, words):
     with pytest.raises(ValueError, match=words):
