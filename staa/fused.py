@@ -3,7 +3,8 @@
 
 A neuron is limited by memory traffic: of a large current nothing is kept for the backward pass but the current itself,
 and the membrane potential is computed anew. There are two ways: the equations compiled (Inductor, Triton); and, where
-there is no compiler or a current is too small to compile for, operators in place.
+there is no compiler or a current is too small to compile for, operators in place. (In these a potential that is no
+number, NaN, is forgotten at its reset, which the equations carry on.)
 
 `staa.fused.enabled = False`, or STAA_FUSED=0 in the environment, switches both off. Membrane potentials are float32 for
 currents of lower precision, and of the current's type otherwise.

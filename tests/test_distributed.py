@@ -137,7 +137,8 @@ def test_why_processes_cannot_sum_is_said(monkeypatch, error, raised, said):
 def test_an_item_on_embedded_images_needs_no_preparation(root):
     """Both processes may be the first to want them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-               "staa.items", "train", "table2", "epochs=1", "width=0.03125", "train_images=32", "T=1"]
+               "staa.items", "train", "table2", "network=resnet18", "neuron=lif", "epochs=1", "width=0.03125",
+               "train_images=32"]
     done = subprocess.run(command, capture_output=True, text=True,
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
