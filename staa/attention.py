@@ -241,7 +241,7 @@ class STAALIF(LIF):
         if not (self.training and self.beta):
             return None
         if (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-                or device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+                or device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return torch.rand(self.T, device=device) < self.beta
         drawn = torch.rand(self.T, device="cpu") < self.beta
         if type(drawn) is not Tensor:

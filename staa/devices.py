@@ -11,10 +11,9 @@ from filelock import FileLock, Timeout
 from .settings import TrainingError
 
 
-def choose(device: str | torch.device | None, held: ExitStack) -> torch.device:
-    """The device that is named; without a name a GPU where there is one, and without a number the one that torchrun
-    gives this process, or else the first that is free. It is held, and torch's current one, until `held` ends. Raises
-    TrainingError on a name of no such device."""
+def named(device: str | torch.device | None) -> torch.device:
+    """The device of this name; without one a GPU where there is one. Without a number it is the GPU that torchrun gives
+    this process, or any, see `take`. Raises TrainingError on a name of no such device."""
     try:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, TypeError):
@@ -22,11 +21,18 @@ def choose(device: str | torch.device | None, held: ExitStack) -> torch.device:
     if where.type not in ("cpu", "cuda"):
         raise TrainingError(f"device must be cpu, or cuda where there is a GPU, got {device!r}.")
     if where.type == "cuda":
-        if where.index is None:
-            rank = os.environ.get("LOCAL_RANK")
-            where = torch.device("cuda", free(held) if rank is None else int(rank))
-        if where.index >= torch.cuda.device_count():
+        if where.index is None and "LOCAL_RANK" in os.environ:
+            where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if (where.index or 0) >= torch.cuda.device_count():
             raise TrainingError(f"device {where} is not there: torch sees {torch.cuda.device_count()} GPUs.")
+    return where
+
+
+def take(where: torch.device, held: ExitStack) -> torch.device:
+    """The device to compute on; of a GPU without a number the first one that is free. It is held, and torch's current
+    one, until `held` ends."""
+    if where.type == "cuda":
+        where = torch.device("cuda", free(held) if where.index is None else where.index)
         held.enter_context(torch.cuda.device(where))
         held.callback(torch.cuda.empty_cache)  # another run may take this GPU next
     return where
@@ -47,4 +53,6 @@ def free(held: ExitStack) -> int:
             return index
         except Timeout:
             pass
+        except OSError:  # where no file can be written, nobody knows
+            break
     return 0

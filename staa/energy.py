@@ -200,9 +200,9 @@ def rule(layer: nn.Module) -> Rule | None:
 
 def new_operation(name: str, layer: Any, network: nn.Module, folded: bool) -> Operation:
     own: Any = rule(layer)
-    biased = folded or getattr(layer, "bias", None) is not None and not isinstance(layer, nn.BatchNorm2d)
+    bias = layer.weight if folded else None if isinstance(layer, nn.BatchNorm2d) else getattr(layer, "bias", None)
     return Operation(name, own.what, any(f"{name}.".startswith(f"{neuron}.") for neuron in neurons(network)),
-                     own.fan_out(layer), (own.sums or own.fan_out)(layer), len(layer.weight) if biased else 0)
+                     own.fan_out(layer), (own.sums or own.fan_out)(layer), 0 if bias is None else len(bias))
 
 
 def folded_into(network: nn.Module) -> set[nn.Module]:

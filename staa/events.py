@@ -145,8 +145,8 @@ class Recordings(Dataset):
             self.targets = [label for _, label in self.samples]
 
     def _files(self, folder: Path) -> list[Path]:
-        found = (Path(at) / name for at, _, names in os.walk(folder, followlinks=True) for name in names)
-        return sorted((path for path in found if path.suffix == self.source.ending), key=self._order)
+        found = {path for place in ("*", "**") for path in folder.glob(f"{place}/*{self.source.ending}")}
+        return sorted(found, key=self._order)  # "**" does not follow a link to a folder, and "*" does
 
     @staticmethod
     def _order(path: Path):

@@ -51,25 +51,28 @@ def run(config: Config, *, device: str | torch.device | None = None, data_root: 
         raise TrainingError(f"run takes a Config, as Config.from_dict makes of a dictionary, got {config!r}.")
     if workers is not None and (type(workers) is not int or workers < 0):
         raise TrainingError(f"workers must be a whole number of at least 0, or None, got {workers!r}.")
+    where = devices.named(device)
+    peers = join(where)
+    if record := peers.first(lambda: found(config, network)):
+        return record
+    place = records.folder("runs") / config.name
     with ExitStack() as held:
-        where = devices.choose(device, held)
-        peers = join(where)
-        if record := peers.first(lambda: found(config, network)):
-            return record
-        place = records.folder("runs") / config.name
         peers.first(lambda: hold(held, place, lambda: log(f"{config}: another process trains this run, waiting for its "
                                                           "record")))
-        done = peers.first(lambda: found(config, network))
+        if done := peers.first(lambda: found(config, network)):
+            return done
+        where = devices.take(where, held)
         held.enter_context(one_sentence(config))
-        return done or _train(config, place, where, data_root, workers, log, peers)
+        return _train(config, place, where, data_root, workers, log, peers)
 
 
 def hold(held: ExitStack, place: Path, on_wait: Callable[[], None]) -> None:
     """Hold a run's folder, made if need be, until `held` ends; what a killed process was about to write goes."""
     try:
         held.enter_context(records.alone(place / "lock", on_wait))
-        for unfinished in place.glob(".*"):
-            unfinished.unlink()
+        for name in ("checkpoint.pt", "record.json", "weights.safetensors", "weights.pt"):
+            for unfinished in place.glob(f".{name}.*"):
+                unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise records.RecordError(f"the runs folder {place.parent} cannot be used ({error.strerror or error}); "
                                   "set STAA_RUNS to one that can be written.") from None

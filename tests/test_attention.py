@@ -194,6 +194,7 @@ def test_a_cuda_graph_draws_tsrd_on_the_gpu(monkeypatch):
     def on_the_cpu(*shape, device):
         asked.append(str(device))
         return rand(*shape)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch, "rand", on_the_cpu)
     mask = STAALIF(C, T, beta=1e-9).draw(torch.device("cuda", 1))

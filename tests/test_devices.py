@@ -31,28 +31,39 @@ def two_gpus(monkeypatch, tmp_path):
     return made
 
 
+def choose(device, held):
+    return devices.take(devices.named(device), held)
+
+
 def test_each_run_takes_a_gpu_that_no_other_has(two_gpus):
     with ExitStack() as first, ExitStack() as second, ExitStack() as third:
-        assert [str(devices.choose(None, held)) for held in (first, second, third)] == ["cuda:0", "cuda:1", "cuda:0"]
+        assert [str(choose(None, held)) for held in (first, second, third)] == ["cuda:0", "cuda:1", "cuda:0"]
         second.close()
         assert two_gpus == ["cuda:0", "cuda:1", "cuda:0", "before"]
         with ExitStack() as fourth:
-            assert str(devices.choose("cuda", fourth)) == "cuda:1"
+            assert str(choose("cuda", fourth)) == "cuda:1"
 
 
 def test_a_gpu_that_is_named_is_taken(two_gpus):
     with ExitStack() as first, ExitStack() as second:
-        assert [str(devices.choose("cuda:1", held)) for held in (first, second)] == ["cuda:1", "cuda:1"]
+        assert [str(choose("cuda:1", held)) for held in (first, second)] == ["cuda:1", "cuda:1"]
         assert two_gpus == ["cuda:1", "cuda:1"]
 
 
 def test_under_torchrun_it_is_the_process_own(two_gpus, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with ExitStack() as held:
-        assert str(devices.choose(None, held)) == "cuda:1"
+        assert str(choose(None, held)) == "cuda:1"
     monkeypatch.setenv("LOCAL_RANK", "2")
     with ExitStack() as held, pytest.raises(TrainingError, match="^device cuda:2 is not there: torch sees 2 GPUs.$"):
-        devices.choose(None, held)
+        choose(None, held)
+
+
+def test_where_no_lock_can_be_written_it_is_the_first(two_gpus, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file" / "none"))
+    (tmp_path / "file").touch()
+    with ExitStack() as held:
+        assert str(choose(None, held)) == "cuda:0"
 
 
 def test_cores_are_those_that_this_process_may_use(monkeypatch):
@@ -67,6 +78,6 @@ def test_without_a_gpu_it_is_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with ExitStack() as held:
-        assert devices.choose(None, held) == torch.device("cpu")
-        with pytest.raises(TrainingError, match="^device cuda:0 is not there: torch sees 0 GPUs.$"):
-            devices.choose("cuda", held)
+        assert choose(None, held) == torch.device("cpu")
+        with pytest.raises(TrainingError, match="^device cuda is not there: torch sees 0 GPUs.$"):
+            choose("cuda", held)

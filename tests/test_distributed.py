@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from functools import partial
 from pathlib import Path
 
@@ -132,6 +133,16 @@ def test_why_processes_cannot_sum_is_said(monkeypatch, error, raised, said):
     with pytest.raises(raised) as caught:
         Peers(0, 2).sum(torch.ones(1))
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_gpus_tensors_and_bn_go_by_the_gpus_group(monkeypatch):
+    peers, seen, network = Peers(0, 2, gpus="of GPUs"), [], nn.Sequential(nn.BatchNorm2d(2))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, group=None: seen.append(group))
+    monkeypatch.setattr(nn.SyncBatchNorm, "convert_sync_batchnorm", lambda network, group=None: (network, group))
+    peers.sum(types.SimpleNamespace(is_cuda=True))
+    peers.sum(torch.ones(1))
+    assert seen == ["of GPUs", None]
+    assert peers.synchronise(network, torch.device("cuda")) == (network, "of GPUs")
 
 
 def test_an_item_on_embedded_images_needs_no_preparation(root):

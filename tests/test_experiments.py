@@ -268,6 +268,19 @@ def test_a_parameter_is_judged_on_the_items_own_datasets_and_networks():
     assert {c.neuron_settings["decay"] for c in ITEMS["fsta"](one_row)} == {0.5}
 
 
+def test_several_gpus_train_as_many_runs_at_once(monkeypatch):
+    class Started(Exception):
+        pass
+
+    def pool(jobs, *_):
+        raise Started(jobs)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", pool)
+    for runs, jobs in ((5, 3), (2, 2)):
+        with pytest.raises(Started, match=f"^{jobs}$"):
+            list(runner._outcomes([Config(seed=seed) for seed in range(runs)], print, False))
+
+
 def test_a_run_that_is_asked_for_twice_is_made_once():
     lines = []
     configs = [Config(seed=seed, **TINY) for seed in (1, 0, 1)]

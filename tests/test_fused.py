@@ -266,6 +266,20 @@ def test_autocast_around_the_backward_pass_does_not_reach_what_is_computed_anew(
     torch.testing.assert_close(inside, outside, rtol=0, atol=rounding * outside.abs().max().item())
 
 
+@pytest.mark.parametrize("settings", [dict(), dict(decay=0.3), dict(decay=0.3, gain=0.7), dict(v_reset=-0.3),
+                                      dict(decay=0.0), dict(decay=1.0, gain=0.5, v_reset=0.1)])
+def test_in_place_potentials_are_rounded_as_the_equations_are(settings):
+    neuron, x = LIF(**settings), current((4, 2000), torch.float32)
+    expected, hm = [], torch.full_like(x[0], neuron.v_reset)
+    for x_t in x:
+        expected.append(neuron.charge(hm, x_t))
+        hm = neuron.fire(expected[-1])[1]
+    rows, room = list(torch.empty_like(x)), torch.empty_like(x[0])
+    found = fused_lif.potentials_in_place(list(x), rows, room, neuron.surrogate, *neuron.numbers()[:4])
+    for u, u_expected in zip(found, expected, strict=True):
+        assert torch.equal(u, u_expected)
+
+
 def test_rows_that_begin_aligned_need_no_current_gpu(monkeypatch):
     """torch refuses to hand out a tensor of another GPU than the current one; we have no use for that."""
     def refused(self, **_):

@@ -99,6 +99,9 @@ def test_events_are_shown_as_frames_as_a_cloud_and_as_a_small_animation():
     assert len(figure.axes) == 16
     cloud = plots.event_cloud(events(), 34)
     assert sum(len(c.get_offsets()) for c in cloud.axes[0].collections) == 4000
+    for most, shown in ((3999, 2667), (2000, 2000), (1, 1)):
+        again = plots.event_cloud(events(), 34, most)
+        assert sum(len(c.get_offsets()) for c in again.axes[0].collections) == shown
     html = plots.event_animation(frames).data
     assert len(html) < 500_000
     gif = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", html)[1])))

@@ -421,6 +421,14 @@ def test_a_row_has_all_multiply_adds_the_firing_rate_in_percent_and_the_energy_o
                    "Energy, µJ": "5.95 ± 0.64", "Training, s": "8 ± 1"}
 
 
+@pytest.mark.parametrize("neuron, own, label", [
+    ("lif", {}, "LIF"), ("staa", {}, "STAA"), ("fsta", {}, "FSTA"),
+    ("fsta", dict(temporal=False, spatial=False, slope=3.0), "FSTA's LIF")])
+def test_a_row_is_named_after_its_neuron(neuron, own, label):
+    assert siblings.label(record(50.0, network="resnet20", neuron=neuron, neuron_settings=own)) == label
+    assert dict(experiments.FSTA)[label] == (neuron, own)
+
+
 def test_six_seeds_that_agree_settle_a_claim_and_five_do_not():
     """Heads or tails only: 2 of 32 and 2 of 64 outcomes."""
     runs = [record(accuracy, seed=seed) for seed in range(6) for accuracy in (50.0, 60.0)]

@@ -62,10 +62,11 @@ def interrupted(epoch, config=SMALL):
 def test_what_a_killed_process_was_about_to_write_goes(root):
     """It bears a name of its own each time, and a checkpoint of a wide network is large."""
     place(root).mkdir(parents=True)
-    for name in (".checkpoint.pt.k2x7", ".record.json.9abc"):
+    for name in (".checkpoint.pt.k2x7", ".record.json.9abc", ".mine"):
         (place(root) / name).write_bytes(b"half")
+    (place(root) / ".ipynb_checkpoints").mkdir()
     quiet(SMALL)
-    assert sorted(os.listdir(place(root))) == ["lock", "record.json", "weights.safetensors"]
+    assert sorted(os.listdir(place(root))) == [".ipynb_checkpoints", ".mine", "lock", "record.json", "weights.safetensors"]
 
 
 # --- the same config, the same outcome ---
