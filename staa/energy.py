@@ -202,7 +202,7 @@ def new_operation(name: str, layer: Any, network: nn.Module, folded: bool) -> Op
     own: Any = rule(layer)
     bias = layer.weight if folded else None if isinstance(layer, nn.BatchNorm2d) else getattr(layer, "bias", None)
     return Operation(name, own.what, any(f"{name}.".startswith(f"{neuron}.") for neuron in neurons(network)),
-                     own.fan_out(layer), (own.sums or own.fan_out)(layer), 0 if bias is None else len(bias))
+                     own.fan_out(layer), (own.sums or own.fan_out)(layer), len(bias) if isinstance(bias, Tensor) else 0)
 
 
 def folded_into(network: nn.Module) -> set[nn.Module]:
