@@ -140,7 +140,7 @@ class Export:
         for k, (child, layer) in enumerate(layers):
             place = f"{name}.{child}"
             if isinstance(layer, nn.Conv2d):
-                bn = dict(enumerate(layers)).get(k + 1, ("", None))[1]
+                bn = layers[k + 1][1] if k + 1 < len(layers) else None
                 if layer.bias is not None or layer.groups > 1 or not is_fixed(bn):
                     raise InterchangeError(f"{place} must be a convolution without a bias, in one group, and after it "
                                            f"BN with weights and running statistics, and this is {layer} and then {bn}")

@@ -92,6 +92,26 @@ def test_a_library_that_is_missing_is_no_damage(root, monkeypatch, package, name
         load(name, True)
 
 
+@pytest.mark.parametrize("spoil, words", [
+    (lambda e: e["x"].put(7, 34), "has events outside its sensor of 34 x 34 pixels"),
+    (lambda e: e["x"].put(7, -1), "has events outside its sensor"),
+    (lambda e: e["t"].put(20, 0), "has unsorted time stamps")])
+def test_events_of_ones_own_are_judged_as_the_published_ones_are(spoil, words):
+    class Own:
+        targets, classes = [0], ["a"]
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, i):
+            found = recording()
+            spoil(found)
+            return found, 0
+
+    with pytest.raises(DataError, match=f"^recording 0 {words}"):
+        frames.Frames(Own(), "own", T=4, by="count", sensor=34, size=34)[0]
+
+
 def test_frames_of_the_digits_need_tonic_too(monkeypatch):
     monkeypatch.setattr(records, "find_spec", lambda n: None)
     with pytest.raises(DataError, match="^frames of events need tonic, which is not installed"):
