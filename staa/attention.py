@@ -6,9 +6,10 @@
 
 and then the neuron fires and resets as ever (eqs. 2, 3). The formulas are lost in our source of the paper. Its text
 gives the blocks and their order; their inner form follows the literature it cites (GCNet for GC, squeeze-and-excitation
-for the gate). Two things are our reading. What SA pools: the text speaks of "the spatially aggregated feature input" at
-two time steps, and ours are Hm[t-1] and X~[t]. And N = alpha - M, with a fixed alpha: with the gate at 1/2 and alpha 2
-the aggregator starts as the plain addition that TSRD falls back to.
+for the gate). Three things above all are our reading. GC sees the current X, real numbers, where the text says "spiking
+input". SA pools Hm[t-1] and X~[t], where the text says "the spatially aggregated feature input" at two time steps. And
+N = alpha - M, with a fixed alpha: with the gate at 1/2 and alpha 2 the aggregator starts as the plain addition that
+TSRD falls back to. The blocks say what else is.
 """
 
 import math
@@ -162,7 +163,7 @@ class STAALIF(LIF):
         attended input; with all blocks off and beta = 0 the neuron is `LIF`.
     r: scaling coefficient of GC. alpha: scaling factor of SA.
     beta: TSRD (section 3.2). In training each time step drops the whole aggregator with this probability, one draw
-        for the batch, and adds instead: U[t] = Hm[t-1] + X[t]. Never in evaluation.
+        for the batch, each layer's own [ours], and adds instead: U[t] = Hm[t-1] + X[t]. Never in evaluation.
     pe_kind: "learned" or "fixed" (section 4.3).
     pe_place: where PE is added (Figure 2; the letters are our reading): "input" before aggregation (c, the paper's
         choice), "membrane" (b), "both" with an encoding each (d), "output" after aggregation (e).

@@ -44,7 +44,7 @@ def figure3(series: Series) -> Figure:
 def figure5(series: Series) -> Figure:
     """Accuracy over r; on the second axis what r costs in parameters and multiply-adds, against r = 4."""
     figure, axes = plt.subplots(figsize=(COLUMN, 3.6))
-    axes.axvline(4, color=COLORS["ann"], lw=0.8, ls=":", label="4: the paper's choice")
+    axes.axvline(4, color=COLORS["ann"], lw=0.8, ls=":", label="4: best in the paper")
     over_setting(axes, series)
     rows = next(iter(series.values()))
     cost = axes.twinx()

@@ -71,7 +71,7 @@ def transform(name: str, size: int, augment: str = "none", T: int = 1) -> Callab
     to frames (T, C, size, size) where the dataset is a sequence.
 
     "standard": crop after padding by 4 of 32 pixels and flip. "autoaugment": and AutoAugment (CIFAR-10 policy, grey
-    where it moves pixels away) and Cutout of 16 of 32 pixels, black, as in the authors' public code. "imagenet":
+    where it moves pixels away) and Cutout of 16 of 32 pixels, black, as in FSTA-SNN's public code. "imagenet":
     random resized crop and flip. Of events: frames to float32, augmented as `staa.frames.augmentation` says.
     """
     from torchvision.transforms import InterpolationMode, v2  # takes twice as long to import as torch

@@ -10,8 +10,8 @@ Counted: convolutions and linear layers, zero padding included, and, by themselv
 (eq. 8) and the mixing by M and N (eq. 14), which are no layers; likewise FSTA's DCT and gates, and STAtten's products
 and masks, whose left operand is spikes and sets their rate [ours]. BN is folded into the convolution before it, as it
 is at inference, unless `bn_folded=False` counts a MAC for every number it scales. Not counted: biases, residual
-additions, pooling, the plain neuron's fixed leak, softmax, normalisation and sigmoids of the attention; the paper's
-counts leave no room for them [ours].
+additions, pooling, the plain neuron's fixed leak, softmax, normalisation and sigmoids of the attention [ours]; the
+paper's rounded counts cannot tell.
 
 `staa.lemaire` adds what this leaves out: memory traffic and addressing.
 """

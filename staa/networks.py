@@ -3,8 +3,8 @@
 Every network takes images (B, C, H, W), repeated over T, or frames (B, T, C, H, W), and returns logits (B, K): the
 linear head's at every time step, averaged over time. Inside, time is the first axis. Convolutions and BN see time and
 batch together; a neuron stands wherever a ReLU would, and is handed in as `neuron(channels, T=T)`, the way torchvision
-hands in `norm_layer`. The layouts are those of the authors' public code; VGG-13 is the standard one, and where their
-ImageNet stem averages, ours takes the maximum, which of spikes is a spike [ours].
+hands in `norm_layer`. The layouts are those of FSTA-SNN's public code, of the same authors; VGG-13 is the standard one,
+and where their ImageNet stem averages, ours takes the maximum, which of spikes is a spike [ours].
 """
 
 from collections.abc import Callable

@@ -5,9 +5,9 @@
     Hm[t] = U[t] (1 - S[t]) + V_reset S[t]                      reset    (eq. 3)
 
 X is the input current, U the membrane potential before firing, S the spikes and Hm the membrane potential after the
-reset; Hm[0] = V_reset. The formulas are lost in our source of the paper: eqs. 2 and 5 survive in its words, eqs. 1, 3
-and 4 are the standard ones. Eq. 1 as it is usually written, Hm[t-1] + (X[t] - (Hm[t-1] - V_reset)) / tau, is decay =
-1 - 1/tau and gain = 1/tau (`LIF.from_tau`). The networks use 0.25 and 1, as the authors' public code does.
+reset; Hm[0] = V_reset. The formulas are lost in our source of the paper: eq. 2 and what eq. 5 is survive in its words,
+eqs. 1, 3 and 4 are the standard ones. Eq. 1 as it is usually written, Hm[t-1] + (X[t] - (Hm[t-1] - V_reset)) / tau, is
+decay = 1 - 1/tau and gain = 1/tau (`LIF.from_tau`). The networks use 0.25 and 1, as FSTA-SNN's public code does.
 
 Time is the first axis, and a neuron keeps nothing between calls: there is no state to reset.
 """
@@ -25,7 +25,7 @@ class LIF(nn.Module):
 
     Every neuron of this package is built as `neuron(channels, T=T, **settings)`; the plain one needs neither.
 
-    decay, gain: the fixed weights of the membrane potential and of the input (the authors' 0.25 and 1).
+    decay, gain: the fixed weights of the membrane potential and of the input (FSTA-SNN's 0.25 and 1).
     v_th, v_reset: threshold and reset potential, in the unit of the current; the paper's threshold is 1.
     a: width of the surrogate's rectangle, eq. 5.
     Raises ValueError on decay outside [0, 1], a <= 0, v_th <= v_reset, a number beyond 1e30, and a current

@@ -33,9 +33,9 @@ a {{ color: #0b57a4; }}
 .cost {{ color: #555; }}
 </style></head>
 <body><h1>STAA-SNN: a reproducible companion</h1>
-<p>STAA-SNN (CVPR 2025) puts an attention aggregator inside every spiking neuron. Each notebook regenerates a table or a
-figure of the paper beside the paper's own numbers. They are shown here as they are stored, executed on embedded data
-(handwritten digits), unless they say otherwise.</p>
+<p>STAA-SNN (CVPR 2025) puts an attention aggregator inside every spiking neuron. The notebooks regenerate the tables
+and figures of the paper, and of two sibling systems, beside the papers' own numbers. They are shown here as they are
+stored, executed on embedded data (handwritten digits), unless they say otherwise.</p>
 <p><img src="figure1.png" alt="The STAA neuron: aggregator, global context block, step attention block and TSRD"></p>
 <h2>Notebooks</h2>
 <ul>
