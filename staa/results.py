@@ -7,9 +7,9 @@ import pandas as pd
 
 from . import records
 from .config import Config
-from .experiments import ABLATED, TABLE4
+from .experiments import ABLATED, FIGURE2, POSITION_ENCODING, TABLE4
 from .records import Record
-from .tables import ARCHITECTURES, LABELS, NAMES, mean_and_n, paper, paper_table1, training, whole
+from .tables import ARCHITECTURES, LABELS, NAMES, mean_and_n, paper, paper_section, paper_table1, training, whole
 
 
 def results() -> pd.DataFrame:
@@ -39,8 +39,14 @@ def rank(group: list[Record]) -> tuple:
 
 
 def printed(config: dict) -> str:
-    """The paper's accuracy, trained its own way, for this network, T and neuron: a row of Table 4, or of Table 1."""
+    """The paper's accuracy, trained its own way, for this network, T and neuron: section 4.3's for its dataset, else a
+    row of Table 4, or of Table 1."""
     if all(config[name] == value for name, value in ABLATED.items()):
+        sections = [(FIGURE2, "pe_place"), (POSITION_ENCODING, "pe_kind")] if config["dataset"] == "cifar10" else []
+        texts = [paper_section(item)[label] for rows, item in sections for label, row in rows
+                 if config["neuron_settings"] == whole("staa", row) and label in paper_section(item)]
+        if texts:
+            return f"{' and '.join(texts)} (section 4.3)"
         for (_, row), line in zip(TABLE4, paper("table4").itertuples()):
             if config["neuron_settings"] == whole("staa", row):
                 return f"{line.accuracy} on {LABELS[line.dataset]} (Table 4)"

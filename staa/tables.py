@@ -33,7 +33,7 @@ def paper(name: str) -> pd.DataFrame:
 
 
 def paper_table1() -> pd.DataFrame:
-    """Table 1 as the paper prints it: one row a method, architecture and T; both datasets as columns."""
+    """Table 1 of the paper: one row a method, architecture and T; both datasets as columns."""
     rows = paper("table1")
     rows["Method"] = rows.method + rows.cited.map(lambda number: f" [{number}]" if number else "")
     rows["Architecture"] = rows.architecture

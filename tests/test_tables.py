@@ -186,6 +186,17 @@ def test_a_printed_number_stands_beside_its_own_time_steps_only():
     assert printed(dataset="cifar100", T=8) == printed(dataset="cifar100", T=4, neuron="lif") == printed(T=4) == "none"
 
 
+def test_what_section_4_3_says_of_cifar10_stands_beside_the_ablations_of_resnet20():
+    def printed(dataset="cifar10", **settings):
+        return results.printed(record(0.0, network="resnet20", T=4, dataset=dataset, neuron_settings=settings).config)
+
+    assert printed() == "94.29 and 94.99 (section 4.3)" and printed(pe_kind="fixed") == "94.42 (section 4.3)"
+    assert printed(pe_place="output") == "93.96 (section 4.3)"
+    assert printed(pe=False, sa=False, beta=0.0) == "73.22 on CIFAR-100 (Table 4)" == printed("cifar100", pe=False,
+                                                                                              sa=False, beta=0.0)
+    assert printed("cifar100") == "75.10 on CIFAR-100 (Table 4)"
+
+
 def test_of_a_network_that_the_paper_does_not_have_no_number_is_printed():
     for neuron in ("staa", "statten"):
         config = record(0.0, dataset="cifar10", network="statten-2-256", neuron=neuron, T=4).config
