@@ -27,6 +27,10 @@ def described(found) -> str:
     return f"{m.get('device', m['processor'])}, {m['threads']} threads, torch {m['torch']}"
 
 
+def ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def kind(found) -> str:
     return "cuda" if "device" in found["machine"] else "cpu"
 
@@ -39,7 +43,7 @@ def speed(found) -> str:
     for shape in (key for key in found if key.startswith("(")):
         times += [(shape, name, f"{t['median']:.2f}", f"{t['quartiles'][0]:.2f} to {t['quartiles'][1]:.2f}")
                   for name in PEERS if (t := found[shape].get(name))]
-    steps = [(name, f"{t['median']:.0f}", f"{t['quartiles'][0]:.0f} to {t['quartiles'][1]:.0f}",
+    steps = [(name, ms(t['median']), f"{ms(t['quartiles'][0])} to {ms(t['quartiles'][1])}",
               found["MiB kept for the backward pass"].get(name, "")) for name, t in found["network"].items()]
     return (f"## Neurons and networks\n\n{described(found)}, {found['rounds']} rounds.\n\n{goals}\n\n"
             "One neuron, forward and backward, (T, B, C, H, W), float32 where no type is said:\n\n"
@@ -56,7 +60,7 @@ def scaling(found) -> str:
 
 
 def loader(found) -> str:
-    lines = [(augment, f"{t['load']['median']:.0f}", f"{t['step']['median']:.0f}",
+    lines = [(augment, ms(t['load']['median']), ms(t['step']['median']),
               f"{100 * t['load']['median'] / t['step']['median']:.1f} %")
              for augment, t in found["share of a step"].items()]
     here = ", here on the CPU" if kind(found) == "cpu" else ""

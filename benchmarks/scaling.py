@@ -14,14 +14,15 @@ from timing import HERE, interleaved, machine, summary, write
 
 from staa import plots
 
-AXES = {"T": [1, 2, 4, 8, 16, 32], "batch": [4, 8, 16, 32, 64], "width": [1 / 8, 1 / 4, 1 / 2, 1]}
+AXES = {"batch": [4, 8, 16, 32, 64], "width": [1 / 8, 1 / 4, 1 / 2, 1], "T": [1, 2, 4, 8, 16, 32]}  # T compiles longest
 START = {"T": 4, "batch": 16, "width": 1 / 4}
 NEURONS = {"SpikingJelly": (SpikingJelly, {}), "LIF": ("lif", {}), "STAA": ("staa", {"beta": 0.0})}
 LINES = {"SpikingJelly": (plots.COLORS["ann"], "v:"), "LIF": (plots.COLORS["lif"], "o-"),
          "STAA": (plots.COLORS["staa"], "s--")}
 
 
-def measure(device: torch.device, rounds: int) -> dict:
+def measure(device: torch.device, rounds: int):
+    """What is found after each axis."""
     found = {}
     for axis, values in AXES.items():
         found[axis] = {}
@@ -35,7 +36,7 @@ def measure(device: torch.device, rounds: int) -> dict:
                                          for name, net in nets.items()}
             print(axis, f"{value:g}", {name: f"{n['median']:.0f} ms, {n['MiB kept']:.0f} MiB"
                                        for name, n in found[axis][f"{value:g}"].items()}, flush=True)
-    return found
+        yield found
 
 
 def plot(found: dict, path):
@@ -59,8 +60,8 @@ def plot(found: dict, path):
 
 
 def main(device: torch.device, rounds: int):
-    found = measure(device, rounds)
-    write("scaling", device, {"machine": machine(device, "spikingjelly"), "rounds": rounds, "unit": "ms", **found})
+    for found in measure(device, rounds):
+        write("scaling", device, {"machine": machine(device, "spikingjelly"), "rounds": rounds, "unit": "ms", **found})
     plot(found, HERE / f"scaling-{device.type}.png")
 
 

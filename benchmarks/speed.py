@@ -7,13 +7,14 @@ current is channels-last, as inside a network.
 """
 
 import argparse
+import json
 
 import torch
-from timing import interleaved, machine, summary, write
+from timing import HERE, interleaved, machine, summary, write
 from torch import nn
 
 import staa
-from staa import fused
+from staa import fused, records
 from staa.attention import STAALIF
 from staa.fsta import FSTALIF
 from staa.neuron import LIF, over_time
@@ -24,6 +25,10 @@ from staa.surrogate import rectangle
 SHAPES = {"cpu": [(4, 32, 64, 32, 32), (16, 8, 64, 32, 32)], "cuda": [(4, 512, 64, 32, 32), (16, 128, 64, 32, 32)]}
 TYPES = {"cpu": [torch.float32], "cuda": [torch.float32, torch.bfloat16]}
 BATCH = {"cpu": 32, "cuda": 128}  # of the networks
+
+
+#: What is measured so far; the next call goes on from there.
+PART = HERE / "speed.part"
 
 
 class NoCompiler:
@@ -68,14 +73,13 @@ class SpikingJelly(nn.Module):
 
 
 def spikingjelly(device):
-    from spikingjelly.activation_based import functional, neuron, surrogate
+    from spikingjelly.activation_based import functional, surrogate
 
-    kind = surrogate.PiecewiseQuadratic if device.type == "cuda" else surrogate.Rect
-    layer = neuron.LIFNode(tau=4 / 3, decay_input=False, step_mode="m", surrogate_function=kind(alpha=1.0))
+    kind = (surrogate.PiecewiseQuadratic if device.type == "cuda" else surrogate.Rect)(alpha=1.0)
 
-    def forward(x):
-        functional.reset_net(layer)
-        return layer(x)
+    def forward(x):  # of a bf16 current its module keeps the potential in bf16, for which it has no kernel
+        v = torch.zeros_like(x[0], dtype=torch.float32)
+        return functional.lif_multi_step(x, v, tau=4 / 3, decay_input=False, surrogate_function=kind)[0]
     return forward
 
 
@@ -174,15 +178,6 @@ def inference(net, x):
     return case
 
 
-def works(name, case) -> bool:
-    try:
-        case()
-        return True
-    except Exception as error:  # the compiler's
-        print(f"{name}: left out, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        return False
-
-
 def kept(net, x) -> float:
     """MiB that a forward pass keeps for the backward pass."""
     seen = {}
@@ -206,15 +201,33 @@ def networks(device, rounds) -> tuple[dict, dict]:
     cases = {name: training_step(net, x, labels) for name, net in nets.items()}
     cases |= {f"{name}, reference": inside(Reference, training_step(nets[name], x, labels)) for name in own}
     cases |= {f"{name}, inference": inference(net, x) for name, net in nets.items()}
-    if device.type == "cuda":  # with CUDA graphs, for launches; two CPU cores compile for minutes and gain nothing
-        whole = {f"{name}, whole network compiled": training_step(torch.compile(nets[name], mode="reduce-overhead"), x,
-                                                                  labels) for name in ("ReLU", "LIF", "STAA")}
-        cases |= {name: case for name, case in whole.items() if works(name, case)}
     memory = {name: kept(net, x) for name, net in nets.items()}
     with Reference():
         memory |= {f"{name}, reference": kept(nets[name], x) for name in own}
     return ({name: summary(t) for name, t in interleaved(cases, device, rounds).items()},
             {name: round(mib) for name, mib in memory.items()})
+
+
+def whole(name, neuron, device, rounds) -> dict:
+    """A training step of the whole network compiled, with CUDA graphs, for launches; two CPU cores compile for minutes
+    and gain nothing. The compiler, a recording and its replay may each fail."""
+    net = network(neuron, device, **({"beta": 0.0} if neuron == "staa" else {}))
+    case = training_step(torch.compile(net, mode="reduce-overhead"), *batch(BATCH[device.type], device))
+    try:
+        return {name: summary(times) for name, times in interleaved({name: case}, device, rounds).items()}
+    except Exception as error:
+        print(f"{name}: left out, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        return {}
+
+
+def write_part(found: dict):
+    records.write(PART, json.dumps(found).encode())
+
+
+def begun(about) -> dict:
+    """What an earlier call under the same conditions measured before it was ended."""
+    found = json.loads(PART.read_text()) if PART.exists() else {}
+    return found if about.items() <= found.items() else about
 
 
 def rows(found: dict) -> list[tuple[str, float, str, bool]]:
@@ -254,11 +267,22 @@ def rows(found: dict) -> list[tuple[str, float, str, bool]]:
 
 
 def main(device: torch.device, rounds: int):
-    found = {"machine": machine(device, "spikingjelly", "snntorch", "norse"), "rounds": rounds, "unit": "ms"}
+    found = begun({"machine": machine(device, "spikingjelly", "snntorch", "norse"), "rounds": rounds,
+                   "unit": "ms"})
     for dtype in TYPES[device.type]:
         for shape in SHAPES[device.type]:
-            found[f"{shape}{' bfloat16' if dtype == torch.bfloat16 else ''}"] = neurons(shape, dtype, device, rounds)
-    found["network"], found["MiB kept for the backward pass"] = networks(device, max(rounds // 2, 3))
+            section = f"{shape}{' bfloat16' if dtype == torch.bfloat16 else ''}"
+            if section not in found:
+                found[section] = neurons(shape, dtype, device, rounds)
+                write_part(found)
+    if "network" not in found:
+        found["network"], found["MiB kept for the backward pass"] = networks(device, max(rounds // 2, 3))
+        write_part(found)
+    if device.type == "cuda":
+        write("speed", device, found)
+        for name, neuron in {"ReLU": ReLU, "LIF": "lif", "STAA": "staa"}.items():
+            found["network"] |= whole(f"{name}, whole network compiled", neuron, device, max(rounds // 2, 3))
+            write("speed", device, found)
     for section in [name for name in found if name.startswith("(")] + ["network"]:
         print(f"\n{section}")
         for name, t in found[section].items():
@@ -267,6 +291,7 @@ def main(device: torch.device, rounds: int):
     for what, value, goal, met in rows(found):
         print(f"  {what:75} {value:8.2f}  {goal:>7}  {'' if not goal else 'met' if met else 'missed'}")
     write("speed", device, found)
+    PART.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

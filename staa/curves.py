@@ -24,7 +24,7 @@ def over_setting(axes, series: Series) -> None:
         axes.axhline(chance, color=COLORS["threshold"], lw=0.8, label=f"guessing: {chance:.0f} %")
     for (name, rows), (color, line) in zip(series.items(), itertools.cycle(SERIES)):
         values = [[r.accuracy for r in found] for found in rows.values()]
-        spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
+        spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in values] if max(map(len, values)) > 1 else None
         axes.errorbar([float(label) for label in rows], [statistics.mean(v) for v in values], spread, fmt=line, ms=3.5,
                       color=color, capsize=2, label=textwrap.fill(name, 50))
     axes.set_ylabel("test accuracy, %")
@@ -33,8 +33,8 @@ def over_setting(axes, series: Series) -> None:
 def figure3(series: Series) -> Figure:
     """Accuracy over the probability of TSRD, with what the paper's text says of it."""
     figure, axes = plt.subplots(figsize=(COLUMN, 3.1))
-    axes.axvspan(0.1, 0.3, color="0.92", lw=0, label="below 0.3: best in the paper")
-    axes.axvline(0.1, color=COLORS["ann"], lw=0.8, ls=":", label="0.1: the paper's choice")
+    axes.axvspan(0, 0.3, color="0.92", lw=0, label="below 0.3: good in the paper")
+    axes.axvline(0.1, color=COLORS["ann"], lw=0.8, ls=":", label="0.1: best in the paper")
     over_setting(axes, series)
     axes.set(xlabel="probability of TSRD", xlim=(-0.03, 1.03), xticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
     figure.legend(loc="outside upper center", ncols=1, borderpad=0)
@@ -42,23 +42,21 @@ def figure3(series: Series) -> Figure:
 
 
 def figure5(series: Series) -> Figure:
-    """Accuracy over r; on the second axis what r costs in parameters and multiply-adds, against r = 4."""
-    figure, axes = plt.subplots(figsize=(COLUMN, 3.6))
+    """Accuracy over r, and below what r costs in parameters and multiply-adds, against r = 4."""
+    figure, (axes, cost) = plt.subplots(2, 1, figsize=(COLUMN, 3.9), sharex=True, height_ratios=(3, 2))
     axes.axvline(4, color=COLORS["ann"], lw=0.8, ls=":", label="4: best in the paper")
     over_setting(axes, series)
     rows = next(iter(series.values()))
-    cost = axes.twinx()
-    cost.spines["right"].set_visible(True)
     for label, line, number in (("parameters", "v-", lambda r: r.outcome["parameters"]),
                                 ("multiply-adds", "x--", multiply_adds)):
         counted = {float(r): number(found[0]) for r, found in rows.items()}
         cost.plot(list(counted), [100 * n / counted.get(4.0, max(counted.values())) - 100 for n in counted.values()],
-                  line, ms=3.5, lw=0.9, color=COLORS["threshold"], label=f"{label} (right)")
-    cost.set_ylabel("cost against r = 4, %")
-    axes.set(xlabel="scaling coefficient r of GC", xscale="log")
-    axes.set_xticks(ticks := [1, 2, 4, 8, 16], [str(r) for r in ticks])
-    axes.minorticks_off()
-    figure.legend(loc="outside upper center", ncols=1, borderpad=0)
+                  line, ms=3.5, lw=0.9, color=COLORS["ann"], label=label)
+    cost.set(xlabel="scaling coefficient r of GC", ylabel="cost against r = 4, %", xscale="log")
+    cost.legend()
+    cost.set_xticks(ticks := [1, 2, 4, 8, 16], [str(r) for r in ticks])
+    cost.minorticks_off()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=1, borderpad=0)
     return figure
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import fused
 from .neuron import LIF
 from .settings import bounded, unused, whole_numbers
 from .surrogate import TANH
@@ -48,18 +49,24 @@ class DCT(nn.Module):
         self.basis.copy_(torch.kron(dct(self.k), dct(self.k)))
 
     def forward(self, x: Tensor) -> Tensor:
-        windows = F.unfold(F.pad(x, 2 * ((self.k - 1) // 2, self.k // 2)), self.k)  # (B, k*k, HW)
-        return torch.bmm(self.basis.expand(x.shape[0], -1, -1), windows).unflatten(2, x.shape[-2:])
+        x = F.pad(x, 2 * ((self.k - 1) // 2, self.k // 2))
+        if fused.on_gpu(x):  # where `unfold` starts a kernel for each image
+            return F.conv2d(x, self.basis.unflatten(1, (1, self.k, self.k)))
+        windows = F.unfold(x, self.k)                                                   # (B, k*k, HW)
+        y = torch.bmm(self.basis.expand(x.shape[0], -1, -1), windows)
+        return y.unflatten(2, (x.shape[-2] - self.k + 1, -1))
 
 
 class ToOneMap(nn.Conv2d):
     """A bias-free 7x7 convolution of `maps` to one, the size kept: as a matrix product and a sum of shifted maps, which
-    for one output channel take a fraction of a convolution's time."""
+    for one output channel take a fraction of a convolution's time on a CPU."""
 
     def __init__(self, maps: int):
         super().__init__(maps, 1, 7, padding=3, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.on_gpu(x):  # where the gradient of `fold` starts a kernel for each image
+            return super().forward(x)
         kernel = self.weight[0].flip(-2, -1).flatten(1).T.expand(x.shape[0], -1, -1)    # (B, 49, maps)
         return F.fold(torch.bmm(kernel, x.flatten(2)), x.shape[-2:], 7, padding=3)  # (B, 1, H, W)
 

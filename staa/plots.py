@@ -16,7 +16,7 @@ from .energy import Measurement
 #: Widths of a CVPR page in inches: one column, and both.
 COLUMN, PAGE = 3.25, 6.875
 
-#: One colour a thing, in every figure; they differ in lightness too, so that they read in greyscale.
+#: One colour a thing, in every figure; in grey, lines are told apart by their markers and dashes.
 COLORS = {"lif": "#0173b2", "staa": "#d55e00", "fsta": "#029e73", "statten": "#cc78bc", "ann": "#56595c",
           "threshold": "#949494", "membrane": "#0173b2", "spike": "#000000", "input": "#de8f05", "darker": "#0173b2",
           "brighter": "#de8f05"}
@@ -36,7 +36,8 @@ def style() -> None:
         "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
         "legend.fontsize": 7, "figure.titlesize": 9, "lines.linewidth": 1.2, "axes.linewidth": 0.6,
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.dpi": 110,
-        "savefig.dpi": 300, "pdf.fonttype": 42, "svg.hashsalt": "staa", "figure.constrained_layout.use": True})
+        "legend.handlelength": 3, "savefig.dpi": 300, "pdf.fonttype": 42, "svg.hashsalt": "staa",
+        "figure.constrained_layout.use": True})
 
 
 def firing(found: dict[str, Measurement]) -> Figure:
@@ -69,7 +70,7 @@ def advantage(found: dict[str, Measurement], twin: Measurement, marked: float) -
                       label=f"{neuron.upper()}, {what}")
     axes.axhline(1, color=COLORS["ann"], lw=0.8)
     axes.axvline(100 * marked, color=COLORS["threshold"], lw=0.8, ls=":")
-    axes.text(100 * marked + 0.5, 0.32, "the paper's rate", fontsize=7, color=COLORS["ann"])
+    axes.text(100 * marked + 0.5, 0.32, "the rate of the paper's ACs", fontsize=7, color=COLORS["ann"])
     axes.text(40, 1.05, "as much as the ANN twin", fontsize=7, ha="right", color=COLORS["ann"])
     axes.set(xlabel="firing rate, %", ylabel="energy: ANN twin / SNN", yscale="log", xlim=(0, 40),
              ylim=(0.3, 6))
@@ -116,7 +117,7 @@ def event_cloud(events: np.ndarray, sensor: int, most: int = 4000) -> Figure:
         own = events[events["p"] == p]
         axes.scatter(own["t"] / 1000, own["x"], own["y"], s=1, color=COLORS[name], label=name, lw=0)
     ticks = [0, sensor // 2, sensor]
-    axes.set(xlabel="t, ms", ylabel="x, pixels", zlabel="y, pixels", yticks=ticks, zticks=ticks)
+    axes.set(xlabel="t, ms", ylabel="x, pixels", zlabel="y, pixels", yticks=ticks, zticks=ticks[:2])
     axes.set(zlim=(sensor, 0))  # y counts from above
     axes.set_box_aspect((2, 1, 1), zoom=0.95)
     axes.view_init(elev=18, azim=-60)
@@ -162,6 +163,7 @@ def cam_rows(found: dict[str, dict[str, np.ndarray]], outline: np.ndarray | None
                 line = axis.contour(outline, [0.5], colors="white", linewidths=0.8)
                 line.set_path_effects([withStroke(linewidth=1.6, foreground="black")])
             axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
             axis.set_title("" if i else layer, fontsize=7)
         row[0].set_ylabel(label)
     return figure

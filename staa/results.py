@@ -59,7 +59,9 @@ def printed(config: dict) -> str:
 
 
 def own_settings(config: dict) -> str:
-    """What differs from the neuron's defaults, as "STAA, gc = False"."""
+    """What differs from the neuron's defaults, as "STAA, gc = False"; with every block off it is the plain LIF."""
+    if config["neuron_settings"] == whole("staa", dict(TABLE4)["baseline"]):
+        return "STAA, all blocks off: LIF"
     default = whole(config["neuron"], {})
     assert default is not None, "the neuron of a record exists"
     others = [f"{k} = {config['neuron_settings'][k]}" for k in default if config["neuron_settings"][k] != default[k]]

@@ -233,7 +233,8 @@ def header(settings: Settings, runs: list[Record]) -> str:
     part = f"{runs[0].config['train_images']:,} training images, " if runs[0].config["train_images"] else ""
     text = (f"This run: preset {settings.preset}, dataset {', '.join(datasets)}, {part}"
             f"{runs[0].config['epochs']} epochs, width {', '.join(f'{width:g}' for width in widths)}, "
-            f"{seeds} seed{'s' * (seeds > 1)}; test accuracy of the last epoch in percent.")
+            f"{seeds} seed{'s' * (seeds > 1)}; test accuracy of the last epoch in percent"
+            f"{', ± the standard deviation over seeds' * (seeds > 1)}.")
     text += f" {stats.at_chance(runs)}"
     if {"digits", "digits-rows", "imagefolder:digits64"} & datasets.keys():
         text += " These are 8 x 8 handwritten digits, not the paper's data: the numbers show that it runs, no more."

@@ -83,6 +83,8 @@ def one_sentence(config: Config) -> Iterator[None]:
     """What a process that loads data ended in, without the traceback that torch adds to it."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise TrainingError(f"the GPU has no room for {config}; choose a smaller batch_size or a microbatch.") from None
     except (RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [""]
         if "more than 1 value per channel" in lines[0]:

@@ -501,6 +501,16 @@ def test_a_killed_process_that_loads_data_ends_the_run_in_one_sentence(root, mon
     assert train.run(SMALL.but(epochs=1), device="cpu", workers=0, log=lambda line: None).outcome == truth.outcome
 
 
+def test_a_gpu_without_room_ends_the_run_in_one_sentence(root, monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    with monkeypatch.context() as patched, pytest.raises(TrainingError, match="no room .* smaller batch_size") as caught:
+        patched.setattr(train, "gradient", no_room)
+        train.run(SMALL.but(epochs=1), device="cpu", workers=0, log=lambda line: None)
+    assert one_sentence(caught, "microbatch")
+
+
 # --- a loss that is no number ---
 
 @pytest.mark.parametrize("microbatch", [0, 5])

@@ -10,7 +10,21 @@ import torch
 from test_tables import record
 from torch import nn
 
-from staa import LIF, NEURONS, Config, Record, build, data, energy, experiments, firing_rates, neurons, siblings, train
+from staa import (
+    LIF,
+    NEURONS,
+    Config,
+    Record,
+    build,
+    data,
+    energy,
+    experiments,
+    firing_rates,
+    fused,
+    neurons,
+    siblings,
+    train,
+)
 from staa.fsta import DCT, FSTALIF, TemporalAmplitude, dct
 from staa.optimizer import new_optimizer
 from staa.statten import JointAttention, STAttenLIF, attention_maps, half_threshold
@@ -506,3 +520,23 @@ def test_an_interrupted_transformer_continues_with_adamw_on_rows(precision, tmp_
     undisturbed = train.run(config, device="cpu", log=lambda line: None)
     assert continued.outcome == undisturbed.outcome and len(continued.outcome["epochs"]) == 2
     assert continued.config["network_settings"] == {"heads": 8, "chunk": 2, "pools": "0011", "event": False}
+
+
+@pytest.mark.parametrize("k", [3, 7, 8])
+def test_fsta_on_a_gpu_takes_convolutions_that_give_the_same(monkeypatch, k):
+    """`unfold`, and the gradient of `fold`, start a kernel for each image there."""
+    torch.manual_seed(0)
+    layer, x = FSTALIF(3, 2, k=k).double(), torch.randn(2, 4, 3, 9, 11, dtype=torch.float64)
+
+    def outcome():
+        layer.zero_grad()
+        y = layer.attend(x.clone().requires_grad_())
+        y.square().sum().backward()
+        return y.detach(), {name: p.grad.clone() for name, p in layer.named_parameters()}
+
+    here = outcome()
+    monkeypatch.setattr(fused, "on_gpu", lambda x: True)
+    monkeypatch.setattr(torch.nn.functional, "unfold", None)
+    monkeypatch.setattr(torch.nn.functional, "fold", None)
+    there = outcome()
+    torch.testing.assert_close(there, here)

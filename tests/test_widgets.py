@@ -217,9 +217,9 @@ def test_in_jupyterlab_a_moved_slider_changes_the_curve(page, lab, tmp_path):
     page.get_by_text("Run All Cells", exact=True).click()
     page.locator(".jp-OutputArea-output", has_text=re.compile("holds: .* comparisons")).wait_for(timeout=120_000)
     boxes = page.locator(".jp-OutputArea-output > .widget-vbox, .jp-OutputArea-output .lm-Panel > .widget-vbox")
-    assert boxes.count() == 2 and not page.locator(".jp-OutputArea-output[data-mime-type*='stderr']").count()
+    assert boxes.count() == 3 and not page.locator(".jp-OutputArea-output[data-mime-type*='stderr']").count()
 
-    lif, staa = boxes.nth(0), boxes.nth(1)
+    lif, learning, staa = boxes.nth(0), boxes.nth(1), boxes.nth(2)
     names = [lif.locator(".widget-hslider").nth(i).locator(".widget-label").inner_text() for i in range(4)]
     assert names == ["tau", "threshold", "input", "T"]
     tau = lif.locator(".widget-hslider").nth(0)
@@ -234,6 +234,12 @@ def test_in_jupyterlab_a_moved_slider_changes_the_curve(page, lab, tmp_path):
     value = float(tau.locator(".widget-readout").inner_text())
     interval = math.ceil(math.log(1 - 1 / 1.5) / math.log(1 - 1 / value))
     assert value > 6 and caption.inner_text() == f"{80 // interval} spikes in 80 steps; closed form: one every {interval} steps"
+
+    width, caption = learning.locator(".widget-hslider").nth(1), learning.locator(":scope > .widget-label")
+    width.scroll_into_view_if_needed()
+    assert caption.inner_text() == "spikes [0, 1, 0], loss 1.0, dL/dW +0.568"  # the hand calculation above the board
+    drag(page, width, 0.0)
+    expect(caption).to_have_text("spikes [0, 1, 0], loss 1.0, dL/dW +0.000", timeout=30_000)  # no potential is so near
 
     gate, caption = staa.locator(".widget-hslider").nth(5), staa.locator(":scope > .widget-label")
     gate.scroll_into_view_if_needed()

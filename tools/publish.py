@@ -36,6 +36,8 @@ a {{ color: #0b57a4; }}
 <p>STAA-SNN (CVPR 2025) puts an attention aggregator inside every spiking neuron. The notebooks regenerate the tables
 and figures of the paper, and of two sibling systems, beside the papers' own numbers. They are shown here as they are
 stored, executed on embedded data (handwritten digits), unless they say otherwise.</p>
+<p><strong>What has been run on real data so far is small</strong>, and in none of it does STAA beat the plain LIF
+neuron: see the README's results.</p>
 <p><img src="figure1.png" alt="The STAA neuron: aggregator, global context block, step attention block and TSRD"></p>
 <h2>Notebooks</h2>
 <ul>
@@ -56,7 +58,10 @@ TEMPLATE = """{% extends "lab/index.html.j2" %}
 {% block extra_css %}<style>
 .jp-RenderedHTMLCommon { overflow-x: auto; }
 .jp-RenderedImage img { max-width: 100%; height: auto; }
-math { font-family: math, "Cambria Math", "STIX Two Math", "STIX Math", STIX, "Latin Modern Math"; }
+.jp-OutputArea-output pre { word-break: normal; overflow-wrap: anywhere; }
+@media (max-width: 700px) { .jp-RenderedImage { overflow-x: auto; } .jp-RenderedImage img { max-width: none; } }
+math { font-family: math, "Cambria Math", "STIX Two Math", "STIX Math", STIX, "Latin Modern Math",
+       "DejaVu Math TeX Gyre"; }
 </style>{% endblock %}
 """
 
@@ -98,6 +103,9 @@ def notebooks(found: list[page.Item]) -> None:
     folder = fresh(SITE / "notebooks")
     for item in found:
         text, _ = Page(raw_template=TEMPLATE).from_filename(str(page.NOTEBOOKS / f"{item.name}.ipynb"))
+        text = re.sub("<title>.*?</title>", lambda _: f"<title>{html.escape(item.title)}</title>", text, count=1)
+        back = '<p><a href="../index.html">All notebooks</a></p>'
+        text = re.sub("<body.*?>", lambda body: body[0] + back, text, count=1)
         (folder / f"{item.name}.html").write_text(text)
 
 
