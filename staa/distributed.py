@@ -189,7 +189,7 @@ class Statistics:
         self.total = torch.zeros_like(self.before)
 
     def flat(self) -> Tensor:
-        return torch.cat([b.flatten() for b in self.buffers])
+        return torch.cat([b.flatten() for b in self.buffers]) if self.buffers else torch.zeros(0)  # no BN
 
     def put(self, flat: Tensor) -> None:
         for b, part in zip(self.buffers, flat.split([b.numel() for b in self.buffers])):

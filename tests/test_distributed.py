@@ -160,13 +160,14 @@ def test_a_microbatch_of_the_whole_batch_changes_nothing(root):
     assert whole.outcome == parts.outcome and whole.config != parts.config
 
 
+@pytest.mark.parametrize("has_bn", [True, False])
 @pytest.mark.parametrize("microbatch", [1, 3, 7, 9])
-def test_microbatches_add_up_to_the_gradient_of_the_batch(microbatch):
+def test_microbatches_add_up_to_the_gradient_of_the_batch(microbatch, has_bn):
     network, x, y = nn.Linear(5, 3), torch.randn(7, 5), torch.arange(7) % 3
     loss = nn.functional.cross_entropy(network(x), y)
     truth = torch.autograd.grad(loss, list(network.parameters()))
     config, counts = Config(microbatch=microbatch), torch.zeros(2, dtype=torch.int64)
-    network.buffer = nn.BatchNorm2d(1)  # not called: what is there to accumulate stays
+    network.buffer = nn.BatchNorm2d(1) if has_bn else None  # not called: what is there to accumulate stays
     total = gradient(network, x, y, config, (0, 0), 7, CPU, ALONE, counts)
     assert total / 7 == pytest.approx(loss.item(), rel=1e-5)
     assert counts.tolist() == [(network(x).argmax(1) == y).sum(), 7]
