@@ -17,6 +17,7 @@ from . import events, frames, records
 from .events import subset as subset
 from .frames import Cutout
 from .records import DataError, Labelled, folder
+from .settings import one_of
 from .simulator import Simulated
 
 
@@ -30,29 +31,29 @@ class About:
     size: int
     mean: tuple
     std: tuple
-    source: str
     sensor: int = 0
     open: Callable[[bool, Path], Labelled] | None = None
 
 
 DATASETS = {
-    "digits": About(1, 0, (0.30518,), (0.37599,), "scikit-learn's 1,797 handwritten digits"),
-    "digits-rows": About(1, 0, (0.30518,), (0.37599,), "the same digits, a few rows a time step, see `Rows`"),
-    "cifar10": About(3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR-10"),
-    "cifar100": About(3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "CIFAR-100"),
-    "imagefolder": About(3, 0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "a folder of images"),
-    "digits-dvs": About(2, 0, (), (), "events simulated from the digits", 34),  # counts of events: not normalised
-    "nmnist": About(2, 0, (), (), "N-MNIST", 34),
-    "cifar10dvs": About(2, 0, (), (), "CIFAR10-DVS", 128),
-    "dvsgesture": About(2, 0, (), (), "DVS128 Gesture", 128),
+    "digits": About(1, 0, (0.30518,), (0.37599,)),  # scikit-learn's 1,797 handwritten digits
+    "digits-rows": About(1, 0, (0.30518,), (0.37599,)),  # the same digits, a few rows a time step, see `Rows`
+    "cifar10": About(3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": About(3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagefolder": About(3, 0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "digits-dvs": About(2, 0, (), (), sensor=34),  # events simulated from the digits; counts are not normalised
+    "nmnist": About(2, 0, (), (), sensor=34),
+    "cifar10dvs": About(2, 0, (), (), sensor=128),
+    "dvsgesture": About(2, 0, (), (), sensor=128),
 }
-EMBEDDED = ("digits", "digits-rows", "digits-dvs")
 GREY = 128  # which AutoAugment puts where it moves pixels away
 AUGMENTATIONS = ("none", "standard", "autoaugment", "imagenet")
 
 
 def describe(name: str) -> About:
-    return DATASETS[name.partition(":")[0]]
+    base = name.partition(":")[0]
+    one_of("dataset", base, DATASETS)
+    return DATASETS[base]
 
 
 class Rows:
@@ -139,10 +140,12 @@ def load(name: str, train: bool, root: Path | None = None) -> Labelled:
 
 def _open(name: str, train: bool, root: Path) -> Labelled:
     base, _, sub = name.partition(":")
-    if opened := DATASETS[base].open:
+    if opened := describe(name).open:
         return opened(train, root)
-    if base in EMBEDDED:
-        return Simulated(Digits(train)) if base == "digits-dvs" else Digits(train)
+    if base in ("digits", "digits-rows"):
+        return Digits(train)
+    if base == "digits-dvs":
+        return Simulated(Digits(train))
     if base in events.SOURCES:
         return events.Recordings(base, train, root)
     if base == "imagefolder":

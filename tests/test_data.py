@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 
 from staa import data
 from staa.data import Cutout, DataError, View, batches, load, subset, transform
+from staa.settings import ConfigError
 
 
 def test_the_digits_split_is_disjoint_complete_and_fair():
@@ -339,9 +340,15 @@ def test_a_dataset_of_ones_own_is_judged_before_it_is_trained_on(monkeypatch, ch
         change(own)
         return own
 
-    monkeypatch.setitem(data.DATASETS, "own", data.About(1, 0, (0.3,), (0.4,), "own", open=opened))
+    monkeypatch.setitem(data.DATASETS, "own", data.About(1, 0, (0.3,), (0.4,), open=opened))
     with pytest.raises(DataError, match=f"the test set of own .*{words}"):
         load("own", False)
+
+
+def test_an_unknown_dataset_is_refused():
+    for ask in (lambda: load("cifar", True), lambda: transform("cifar", 32)):
+        with pytest.raises(ConfigError, match="^dataset must be one of digits, .*, got 'cifar'$"):
+            ask()
 
 
 @pytest.mark.parametrize("name, augment", [("digits", "standrad"), ("digits", "flip"), ("digits-dvs", "flip+rol")])

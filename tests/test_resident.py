@@ -153,7 +153,7 @@ def test_what_does_not_fit_goes_the_other_way(monkeypatch):
     large = Noise(4)
     large.data = large.data.repeat(2, 1).repeat(2, 2)
     assert not resident.fits(view(large), cifar, "none", gpu), "it would train at 64 pixels what the config has at 32"
-    about = data.About(3, 0, (0.5,) * 3, (0.5,) * 3, "mine", open=lambda train, root: dataset)
+    about = data.About(3, 0, (0.5,) * 3, (0.5,) * 3, open=lambda train, root: dataset)
     monkeypatch.setitem(data.DATASETS, "mine", about)
     assert not resident.fits(view(dataset), Config(dataset="mine"), "none", gpu), "its items need not be its array"
     with pytest.raises(ValueError, match="augment of images on a device must be one of none, standard, autoaugment"):
