@@ -61,8 +61,9 @@ class Canvas:
         self.text(x, y, text)
         return Box(x, y, w, h)
 
-    def operator(self, x: float, y: float, sign: str, radius: float = 0.085) -> Box:
+    def operator(self, x: float, y: float, sign: str) -> Box:
         """A circle with + or ×, drawn by strokes so that the sign sits in its centre in every font."""
+        radius = 0.085
         centre, arm = self._moved((x, y)), 0.6 * radius
         self.axes.add_patch(Circle(centre, radius, linewidth=0.7, facecolor="white", edgecolor="black", zorder=3))
         for dx, dy in {"+": [(arm, 0), (0, arm)], "×": [(0.7 * arm, 0.7 * arm), (0.7 * arm, -0.7 * arm)]}[sign]:

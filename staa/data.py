@@ -129,13 +129,10 @@ class Digits(Dataset):
         return Image.fromarray(self.data[i]), self.targets[i]
 
 
-def load(name: str, train: bool, root: Path | None = None) -> Labelled:
+def load(name: str, train: bool) -> Labelled:
     """The training or the test set, as (PIL image, label) or (events, label); `.targets`, `.classes` as in torchvision.
-
-    root defaults to the folder STAA_DATA, or data/sets. Raises DataError where the set is missing, damaged or lacking.
-    """
-    found = _open(name, train, Path(root) if root else folder("data"))
-    return _checked(found, f"the {'training' if train else 'test'} set of {name}")
+    It lies in the folder STAA_DATA, or data/sets. Raises DataError where it is missing, damaged or lacking."""
+    return _checked(_open(name, train, folder("data")), f"the {'training' if train else 'test'} set of {name}")
 
 
 def _open(name: str, train: bool, root: Path) -> Labelled:
@@ -174,10 +171,10 @@ def _checked(found: Any, which: str) -> Labelled:
     return found
 
 
-def load_for(config, train: bool, root: Path | None = None) -> Labelled:
+def load_for(config, train: bool) -> Labelled:
     """The set as a run sees it before augmentation: (PIL image, label), or of events (frames (T, 2, H, W), label) that
     are cached in runs/frames."""
-    found, about = load(config.dataset, train, root), describe(config.dataset)
+    found, about = load(config.dataset, train), describe(config.dataset)
     if not about.sensor:
         return found
     return frames.Frames(found, fingerprint(found, contents=False), T=config.T, by=config.frames, sensor=about.sensor,
@@ -284,9 +281,9 @@ class View(Dataset):
                     share * label + (1 - share) * other_label)
 
 
-def evaluation_set(config, root: Path | None = None) -> View:
+def evaluation_set(config) -> View:
     """The test set as a run sees it: every image, no augmentation."""
-    tests = load_for(config, False, root)
+    tests = load_for(config, False)
     return View(tests, range(len(tests)), transform(config.dataset, config.image_size, T=config.T))
 
 

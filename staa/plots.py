@@ -125,18 +125,18 @@ def event_cloud(events: np.ndarray, sensor: int, most: int = 4000) -> Figure:
     return figure
 
 
-def event_animation(frames: np.ndarray, pixels: int = 204, milliseconds: int = 100) -> Any:
-    """Frames (T, 2, H, W) as an animated GIF for a notebook, about `pixels` wide; it loops."""
+def event_animation(frames: np.ndarray) -> Any:
+    """Frames (T, 2, H, W) as an animated GIF for a notebook, about 204 pixels wide; it loops."""
     from base64 import b64encode
 
     from IPython.display import HTML
     from PIL import Image
 
-    scale = max(pixels // frames.shape[-1], 1)
+    scale = max(204 // frames.shape[-1], 1)
     images = [Image.fromarray((255 * polarity(frame, bright(frames))).astype(np.uint8)) for frame in np.asarray(frames)]
     images = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in images]
     gif = io.BytesIO()
-    images[0].save(gif, "GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
+    images[0].save(gif, "GIF", save_all=True, append_images=images[1:], duration=100, loop=0)
     content = b64encode(gif.getvalue()).decode()
     return HTML(f'<img alt="{len(frames)} frames of events" src="data:image/gif;base64,{content}">')
 

@@ -105,9 +105,9 @@ def checksum(body: dict) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def find(config, runs: Path | None = None) -> Record | None:
-    """The record of a config: the user's own in `runs`, else the project's."""
-    for path in ((runs or folder("runs")) / config.name / "record.json", folder("records") / f"{config.name}.json"):
+def find(config) -> Record | None:
+    """The record of a config: the user's own in runs/, else the project's."""
+    for path in (folder("runs") / config.name / "record.json", folder("records") / f"{config.name}.json"):
         try:
             if path.is_file():
                 return Record.load(path)

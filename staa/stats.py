@@ -38,16 +38,16 @@ class Gain:
         return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
 
-def paired(differences: list[float], tests: int = 1, level: float = 0.95) -> Gain:
-    """The paired t-test of differences, one a seed. `tests` such intervals hold together with probability `level`
-    (Bonferroni): each has 1 - (1 - level) / tests; p is not corrected. Raises ValueError without any difference."""
+def paired(differences: list[float], tests: int = 1) -> Gain:
+    """The paired t-test of differences, one a seed. `tests` such intervals hold together with probability 0.95
+    (Bonferroni): each has 1 - 0.05 / tests; p is not corrected. Raises ValueError without any difference."""
     from scipy.stats import t
 
     n = len(differences)
     if n < 2:
         return Gain(n, statistics.mean(differences))
     mean, error = statistics.mean(differences), statistics.stdev(differences) / n ** 0.5
-    half = float(t.ppf(1 - (1 - level) / tests / 2, n - 1)) * error
+    half = float(t.ppf(1 - 0.05 / tests / 2, n - 1)) * error
     p = 2 * float(t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
     return Gain(n, mean, mean - half, mean + half, p)
 

@@ -44,7 +44,7 @@ def paper_table1() -> pd.DataFrame:
     return table
 
 
-def table1(settings: Settings, runs: list[Record]) -> pd.DataFrame:
+def table1(runs: list[Record]) -> pd.DataFrame:
     """Table 1 with, for its own rows, the project's records and the runs of this notebook, with STAA and with LIF."""
     table = paper_table1()
     shown = dict.fromkeys(record.config["dataset"] for record in runs)

@@ -35,8 +35,8 @@ from .weights import found, keep, new_network
 from .weights import trained as trained
 
 
-def run(config: Config, *, device: str | torch.device | None = None, data_root: Path | None = None,
-        workers: int | None = None, network: bool = False, log: Callable[[str], None] = print) -> Record:
+def run(config: Config, *, device: str | torch.device | None = None, workers: int | None = None,
+        network: bool = False, log: Callable[[str], None] = print) -> Record:
     """The record of this run, from disk or from training; logs one line an epoch.
 
     device: "cpu", "cuda" or "cuda:1"; by default a GPU where there is one, see `staa.devices`. workers: processes that
@@ -63,7 +63,7 @@ def run(config: Config, *, device: str | torch.device | None = None, data_root: 
             return done
         where = devices.take(where, held)
         held.enter_context(one_sentence(config))
-        return _train(config, place, where, data_root, workers, log, peers)
+        return _train(config, place, where, workers, log, peers)
 
 
 def hold(held: ExitStack, place: Path, on_wait: Callable[[], None]) -> None:
@@ -110,11 +110,11 @@ def own_state(config: Config, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train(config: Config, place: Path, device, data_root, workers, log, peers: Peers) -> Record:
+def _train(config: Config, place: Path, device, workers, log, peers: Peers) -> Record:
     code = records.commit()  # of the code that is loaded now: the checkout may move on while this runs
     if peers.size > 1:
-        peers.first(lambda: data.load_for(config, True, data_root) is not None)  # what is downloaded is so once
-    train_set, tests = data.load_for(config, True, data_root), evaluation_set(config, data_root)
+        peers.first(lambda: data.load_for(config, True) is not None)  # what is downloaded is so once
+    train_set, tests = data.load_for(config, True), evaluation_set(config)
     test_set = tests.dataset
     indices = data.subset(train_set.targets, config.train_images) if config.train_images else range(len(train_set))
     if peers.size > 1 and not config.microbatch and ((len(indices) - 1) % config.batch_size) + 1 < peers.size:

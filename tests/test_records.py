@@ -86,7 +86,6 @@ def test_the_users_own_record_wins_over_the_projects(root):
     assert find(SMALL).accuracy == 50.0 == quiet(SMALL).accuracy
     a_record(60.0).save(root / "runs" / SMALL.name / "record.json")
     assert find(SMALL).accuracy == 60.0
-    assert find(SMALL, root / "elsewhere").accuracy == 50.0
     assert find(SMALL.but(seed=1)) is None
 
 

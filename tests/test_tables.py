@@ -77,7 +77,7 @@ def test_the_table_shows_paper_records_and_this_run(vouched):
     for seed, accuracy in enumerate([93.0, 94.0]):
         record(accuracy, vouched, dataset="cifar10", network="resnet20", T=4, epochs=50, seed=seed)
     runs = [record(81.5, network="resnet20", T=4), record(71.25, network="resnet20", T=4, neuron="lif")]
-    table = tables.table1(Settings("smoke", 1, {}), runs)
+    table = tables.table1(runs)
     row = table[(table.Method == "STAA-SNN") & (table.Architecture == "ResNet-20") & (table["T"] == "4")].iloc[0]
     assert row["Recorded: CIFAR-10, STAA"] == "93.50 ± 0.71 (n=2); 50 epochs, width 1, 50,000 images"
     assert row["Recorded: CIFAR-10, LIF"] == row["Recorded: CIFAR-100, STAA"] == "no record"
@@ -204,7 +204,7 @@ def test_of_a_network_that_the_paper_does_not_have_no_number_is_printed():
 
 
 def test_a_table_is_the_same_in_markdown_csv_html_and_latex():
-    table = tables.table1(Settings("smoke", 1, {}), [record(81.5, network="resnet20", T=4)])
+    table = tables.table1([record(81.5, network="resnet20", T=4)])
     tables.save(table, "table1", "A note, 100 % honest.")
     folder = records.folder("figures")
     cells = [list(table.columns), *table.astype(str).values.tolist()]
