@@ -51,17 +51,17 @@ class PositionEncoding(nn.Module):
             self.weight.zero_() if learned else self.weight.copy_(sinusoid(*self.weight.shape))
 
     def extra_repr(self) -> str:
-        return "T={}, channels={}, ".format(*self.weight.shape) + (
-            "learned" if isinstance(self.weight, nn.Parameter) else "fixed")
+        T, channels = self.weight.shape
+        return f"T={T}, channels={channels}, {'learned' if isinstance(self.weight, nn.Parameter) else 'fixed'}"
 
     def per_step(self) -> Tensor:
         """PE as (T, 1, C, 1, 1)."""
         return self.weight[:, None, :, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        if (x.shape[0], x.shape[2]) != self.weight.shape:  # one step, or one channel, would be added to all
-            raise ValueError("this PositionEncoding takes (T={}, B, C={}, H, W), got {}".format(*self.weight.shape,
-                                                                                               tuple(x.shape)))
+        T, channels = self.weight.shape
+        if (x.shape[0], x.shape[2]) != (T, channels):  # one step, or one channel, would be added to all
+            raise ValueError(f"this PositionEncoding takes (T={T}, B, C={channels}, H, W), got {tuple(x.shape)}")
         return x + self.per_step()
 
 

@@ -17,8 +17,8 @@ def named(device: str | torch.device | None) -> torch.device:
     try:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, TypeError):
-        where = torch.device("meta")
-    if where.type not in ("cpu", "cuda"):
+        where = None
+    if where is None or where.type not in ("cpu", "cuda"):
         raise TrainingError(f"device must be cpu, or cuda where there is a GPU, got {device!r}.")
     if where.type == "cuda":
         if where.index is None and "LOCAL_RANK" in os.environ:

@@ -79,8 +79,11 @@ def lazy_compile(function: Callable) -> Callable:
         return torch.compile(function, dynamic=True)
 
     def bare(x):
-        many = isinstance(x, Sequence) and all(isinstance(n, Tensor) for n in x)
-        return bare_tensor(x) if isinstance(x, Tensor) else [bare_tensor(n) for n in x] if many else x
+        if isinstance(x, Tensor):
+            return bare_tensor(x)
+        if isinstance(x, Sequence) and all(isinstance(n, Tensor) for n in x):
+            return [bare_tensor(n) for n in x]
+        return x
 
     @functools.wraps(function)
     def call(*args):

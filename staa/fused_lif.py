@@ -64,11 +64,11 @@ def as_compiled(numbers: tuple, x: Tensor) -> tuple[Tensor, bool]:
     """The numbers as a tensor, and whether the gain, the reset and the surrogate's settings are the usual 1, 0 and 1:
     as plain numbers these drop out when compiled."""
     _, gain, _, v_reset, *settings = numbers
-    return constants(numbers, membrane_type(x), x.device), (gain, v_reset, {*settings}) == (1, 0, {1})
+    return constants(numbers, membrane_type(x), x.device), gain == 1 and v_reset == 0 and all(n == 1 for n in settings)
 
 
-def unpacked(constants: Tensor, usual: bool) -> list:
-    decay, gain, v_th, v_reset, *settings = constants.unbind()
+def unpacked(numbers: Tensor, usual: bool) -> list:
+    decay, gain, v_th, v_reset, *settings = numbers.unbind()
     return [decay, 1.0, v_th, 0.0, *[1.0] * len(settings)] if usual else [decay, gain, v_th, v_reset, *settings]
 
 
@@ -96,19 +96,18 @@ def rows_of(x: Tensor) -> Sequence[Tensor]:
 # Results go into rows that are there: on a GPU, `torch.stack` would compute U anew for each row.
 
 @lazy_compile
-def _lif(x: Tensor, s: list[Tensor], constants: Tensor, usual: bool, surrogate: Surrogate) -> None:
-    decay, gain, v_th, v_reset, *_ = unpacked(constants, usual)
-    for u, s_t in zip(potentials(x.to(constants.dtype), surrogate, decay, gain, v_th, v_reset), s):
+def _lif(x: Tensor, s: list[Tensor], numbers: Tensor, usual: bool, surrogate: Surrogate) -> None:
+    decay, gain, v_th, v_reset, *_ = unpacked(numbers, usual)
+    for u, s_t in zip(potentials(x.to(numbers.dtype), surrogate, decay, gain, v_th, v_reset), s):
         s_t.copy_(surrogate.fires(u - v_th))
 
 
 @lazy_compile
-def _lif_backward(x: Tensor, ds: Tensor, dx: list[Tensor], constants: Tensor, usual: bool,
-                  surrogate: Surrogate) -> None:
-    decay, gain, v_th, v_reset, *settings = unpacked(constants, usual)
-    us = potentials(x.to(constants.dtype), surrogate, decay, gain, v_th, v_reset)
+def _lif_backward(x: Tensor, ds: Tensor, dx: list[Tensor], numbers: Tensor, usual: bool, surrogate: Surrogate) -> None:
+    decay, gain, v_th, v_reset, *settings = unpacked(numbers, usual)
+    us = potentials(x.to(numbers.dtype), surrogate, decay, gain, v_th, v_reset)
     dhm = None
-    for u, ds_t, dx_t in zip(reversed(us), reversed(ds.to(constants.dtype).unbind()), reversed(dx)):
+    for u, ds_t, dx_t in zip(reversed(us), reversed(ds.to(numbers.dtype).unbind()), reversed(dx)):
         du = fire_backward(u, ds_t, dhm, surrogate, v_th, v_reset, *settings)
         dx_t.copy_(gain * du)
         dhm = decay * du

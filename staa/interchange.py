@@ -44,8 +44,9 @@ class InterchangeError(Error, ValueError):
 
 def write(path: Path | str, network: SpikingNetwork, image_size: int, dt: float = DT) -> None:
     """`to_nir` as a file that `nir.read` reads, whole or not at all."""
-    content, graph = io.BytesIO(), to_nir(network, image_size, dt)
+    graph = to_nir(network, image_size, dt)  # says in one sentence where nir is not installed
     import nir
+    content = io.BytesIO()
     nir.write(content, graph)
     records.write(Path(path), content.getvalue())
 

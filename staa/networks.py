@@ -112,17 +112,16 @@ class ResNet(SpikingNetwork):
                  blocks: list[int], channels: list[int], strides: list[int], pool_shortcut: bool):
         channels = scaled(channels, width)
         c = channels[0]
-        super().__init__(neuron, in_channels, T, min_size=16 if stem == "three" else 4 if stem == "one" else 32)
-        if stem == "three":
+        super().__init__(neuron, in_channels, T, min_size={"one": 4, "three": 16, "imagenet": 32}[stem])
+        if stem == "imagenet":
+            layers = [Steps(nn.Conv2d(in_channels, c, 7, 2, padding=3, bias=False), nn.BatchNorm2d(c)),
+                      self.neuron(c), Steps(nn.MaxPool2d(3, 2, padding=1))]  # a maximum of spikes is a spike
+        else:
             layers = [Steps(conv3x3(in_channels, c), nn.BatchNorm2d(c)), self.neuron(c)]
+        if stem == "three":
             for _ in range(2):
                 layers += [Steps(conv3x3(c, c), nn.BatchNorm2d(c)), self.neuron(c)]
             layers += [Steps(nn.AvgPool2d(2))]
-        elif stem == "one":
-            layers = [Steps(conv3x3(in_channels, c), nn.BatchNorm2d(c)), self.neuron(c)]
-        else:
-            layers = [Steps(nn.Conv2d(in_channels, c, 7, 2, padding=3, bias=False), nn.BatchNorm2d(c)),
-                      self.neuron(c), Steps(nn.MaxPool2d(3, 2, padding=1))]  # a maximum of spikes is a spike
         self.stem = nn.Sequential(*layers)
         self.stages = nn.Sequential()
         for n, c_out, stride in zip(blocks, channels, strides):

@@ -123,14 +123,15 @@ def page(found: list[Item]) -> str:
     """One page with each item's figures and table, everything inside the file."""
     figures = records.folder("figures")
     parts, names = [], [item.name for item in found]
-    for item in found:
-        def own(path, name=item.name):  # energy_firing.png is energy's: the longest name that begins it
-            owners = [n for n in names if path.stem == n or path.stem.startswith(f"{n}_")]
-            return name == max(owners, key=len, default="")
 
+    def owner(path: Path) -> str:  # energy_firing.png is energy's: the longest name that begins it
+        return max((n for n in names if path.stem == n or path.stem.startswith(f"{n}_")), key=len, default="")
+
+    for item in found:
         body = [f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-                for path in sorted(figures.glob("*.png")) if own(path)]
-        body += [f'<div class="wide">{path.read_text()}</div>' for path in sorted(figures.glob("*.html")) if own(path)]
+                for path in sorted(figures.glob("*.png")) if owner(path) == item.name]
+        body += [f'<div class="wide">{path.read_text()}</div>'
+                 for path in sorted(figures.glob("*.html")) if owner(path) == item.name]
         parts.append(f'<section id="{item.name}"><h2>{html.escape(item.title)}</h2>\n<p class="cost">make {item.name}: '
                      f'{html.escape(item.cost)}</p>\n' + "\n".join(body or ["<p>Not made yet.</p>"]) + "</section>")
     links = " · ".join(f'<a href="#{item.name}">{html.escape(item.title.partition(":")[0])}</a>' for item in found)
@@ -147,8 +148,11 @@ def main(words: Sequence[str] = ()) -> int:
     if words and words not in (["list"], ["train"]):
         raise ConfigError(f"write list or train, or nothing, got {' '.join(words)!r}")
     found = items()
-    if words:
-        print(listing()) if words == ["list"] else train(found)
+    if words == ["list"]:
+        print(listing())
+        return 0
+    if words == ["train"]:
+        train(found)
         return 0
     stale = [item for item in found if not item.fresh()]
     failures = []

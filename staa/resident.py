@@ -129,7 +129,7 @@ def auto_augment(x: Tensor, draw: torch.Generator) -> Tensor:
         for i, p in enumerate(chosen.tolist()):
             name, probability, level = policy._policies[p][step]
             if chance[i, step] <= probability:
-                magnitudes, signed = policy._AUGMENTATION_SPACE[name]
+                _, signed = policy._AUGMENTATION_SPACE[name]
                 groups.setdefault((name, level, bool(signed and sign[i, step])), []).append(i)
         for (name, level, negative), members in groups.items():
             magnitudes, _ = policy._AUGMENTATION_SPACE[name]

@@ -2,6 +2,7 @@
 
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .config import Config
@@ -66,12 +67,14 @@ def verdict(gains: dict[str, Gain | None]) -> str:
         return "No two rows were run: there is nothing to compare."
     if min(g.n for g in known.values()) < 2:
         return "One seed: nothing can be said about chance."
-    found: dict[int, list[str]] = {1: [], -1: [], 0: []}
-    for name, g in known.items():
-        found[g.beyond_chance * (1 if g.mean > 0 else -1)].append(f"{name} ({g})")
-    more, less, undecided = (", ".join(names) or "none" for names in found.values())
-    return (f"Over {min(g.n for g in known.values())} seeds, gains beyond chance: {more}; "
-            f"losses beyond chance: {less}; undecided: {undecided}.")
+
+    def those(belongs: Callable[[Gain], bool]) -> str:
+        return ", ".join(f"{name} ({g})" for name, g in known.items() if belongs(g)) or "none"
+
+    return (f"Over {min(g.n for g in known.values())} seeds, "
+            f"gains beyond chance: {those(lambda g: g.beyond_chance and g.mean > 0)}; "
+            f"losses beyond chance: {those(lambda g: g.beyond_chance and g.mean < 0)}; "
+            f"undecided: {those(lambda g: not g.beyond_chance)}.")
 
 
 def guessing(run: Record) -> float:

@@ -224,11 +224,11 @@ def attention_maps(network: STAtten, x: Tensor) -> list[Tensor]:
     is in how many channels of a head the query of token i and the key of token j spike together."""
     seen = []
     with evaluating(network) as hooks:
-        for layer in network.modules():
-            for product in (layer.context, layer.read) if isinstance(layer, JointAttention) else ():
+        for joint in [layer for layer in network.modules() if isinstance(layer, JointAttention)]:
+            for product in (joint.context, joint.read):  # whose left operands are K^T and Q
                 hooks.callback(product.register_forward_pre_hook(lambda _, operands: seen.append(operands[0])).remove)
         network(x)
-    return [(q @ k).mean(2).transpose(0, 1) for k, q in zip(seen[::2], seen[1::2])]
+    return [(q @ kt).mean(2).transpose(0, 1) for kt, q in zip(seen[::2], seen[1::2])]
 
 
 NEURONS["statten"] = STAttenLIF

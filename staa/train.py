@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import data, devices, memory, records
-from .checkpoint import resume, save
+from .checkpoint import read, resume, save
 from .config import Config, ConfigError
 from .data import evaluation_set as evaluation_set
 from .distributed import ALONE, Peers, Statistics, join
@@ -159,7 +159,7 @@ def _train(config: Config, place: Path, device, workers, log, peers: Peers) -> R
                     f"test {test_accuracy:5.2f} %  {seconds[-1][0]:.1f} s")
 
     def finish() -> Record:
-        state = torch.load(place / "checkpoint.pt", map_location="cpu", weights_only=True)
+        state = read(place / "checkpoint.pt")
         outcome = {"epochs": epochs, "test_accuracy": epochs[-1]["test_accuracy"],
                    "firing_rates": state["firing_rates"], "parameters": sum(p.numel() for p in network.parameters()),
                    "classes": len(train_set.classes), "train_images": len(indices), "test_images": len(test_set),
@@ -258,7 +258,8 @@ def words_to_settings(words: list[str]) -> dict:
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or name in settings:
-            raise ConfigError(f"a setting is written name=value, and once, got {'a second ' * bool(equals)}{word!r}")
+            got = f"a second {word!r}" if name in settings else repr(word)
+            raise ConfigError(f"a setting is written name=value, and once, got {got}")
         try:
             settings[name] = json.loads(value)
         except ValueError:

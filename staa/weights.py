@@ -125,14 +125,14 @@ def checksum(about: dict, tensors: dict[str, Tensor]) -> str:
 
 def keep(place: Path, state: dict, config: Config, classes: int, log: Callable[[str], None]) -> None:
     """The final weights into the run's folder; without safetensors, which a bare machine lacks, nothing is lost."""
-    names = ["weights.safetensors", "weights.pt"]
+    weights, fallback = place / "weights.safetensors", place / "weights.pt"
     if available():
-        save(place / names[0], state, config, classes)
+        save(weights, state, config, classes)
+        fallback.unlink(missing_ok=True)  # of a run before this one, and so below
     else:
-        names.reverse()
-        checkpoint.save(place / names[0], state)
+        checkpoint.save(fallback, state)
+        weights.unlink(missing_ok=True)
         log(f"{config}: safetensors is not installed, so the weights are in weights.pt, which staa.train.trained reads")
-    (place / names[1]).unlink(missing_ok=True)  # of a run before this one
 
 
 def shipped(**settings) -> list[Record]:
