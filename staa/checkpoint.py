@@ -10,6 +10,7 @@ import torch
 
 from . import records
 from .distributed import ALONE, PeerError, Peers
+from .settings import reason
 
 
 def save(path: Path, state: dict) -> None:
@@ -53,4 +54,4 @@ def undamaged(what: str, path: Path, advice: str) -> Iterator[None]:
         raise records.RecordError(f"the {what} {path} could not be read ({error.strerror or error}); it is as it was."
                                   ) from None
     except Exception as error:
-        raise records.RecordError(f"the {what} {path} is damaged ({records.reason(error)}); {advice}.") from None
+        raise records.RecordError(f"the {what} {path} is damaged ({reason(error)}); {advice}.") from None

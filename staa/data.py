@@ -17,7 +17,7 @@ from . import events, frames, records
 from .events import subset as subset
 from .frames import Cutout
 from .records import DataError, Labelled, folder
-from .settings import one_of
+from .settings import one_of, reason
 from .simulator import Simulated
 
 
@@ -194,7 +194,7 @@ def _cifar(name: str, root: Path, train: bool) -> Labelled:
     except Exception as error:  # the network's, the archive's, a file's or the disk's
         raise DataError(
             f"{cls.__name__} was looked for in {root / cls.base_folder}, is missing or damaged there and could not be "
-            f"downloaded ({records.reason(error)}); place the official {cls.filename} (MD5 {cls.tgz_md5}) in {root}, "
+            f"downloaded ({reason(error)}); place the official {cls.filename} (MD5 {cls.tgz_md5}) in {root}, "
             "unpacked, or set STAA_DATA to the folder that holds it.") from None
 
 
@@ -207,7 +207,7 @@ def _read_image(path: str):
                 raise ValueError(f"its numbers have more than 8 bits, {image.mode}, and would be cut")
             return image.convert("RGB")
     except Exception as error:  # each format fails in its own ways
-        raise DataError(f"the image {path} cannot be read ({records.reason(error)}); replace or remove it.") from None
+        raise DataError(f"the image {path} cannot be read ({reason(error)}); replace or remove it.") from None
 
 
 def _image_folder(root: Path, train: bool) -> Labelled:

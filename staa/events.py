@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from . import records
 from .records import DataError
+from .settings import reason
 from .simulator import EVENT
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -163,7 +164,7 @@ class Recordings(Dataset):
         except DataError:
             raise
         except Exception as error:  # each reader fails in its own ways
-            raise DataError(f"the recording {path} is truncated or damaged ({records.reason(error)}); replace or "
+            raise DataError(f"the recording {path} is truncated or damaged ({reason(error)}); replace or "
                             "remove it.") from None
 
 
@@ -204,7 +205,7 @@ def _download(source: Source, train: bool, root: Path, there: Callable[[], bool]
                     (own / name).rename(place / name)
     except Exception as error:  # the network's, the archive's or the disk's
         raise DataError(f"{source.tonic} was looked for in {place}, is missing or damaged there and could not be "
-                        f"downloaded from {url} ({records.reason(error)}); place the official {archive} (MD5 {md5}) in "
+                        f"downloaded from {url} ({reason(error)}); place the official {archive} (MD5 {md5}) in "
                         f"{place}, or set STAA_DATA to the folder above it.") from None
 
 

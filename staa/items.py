@@ -8,9 +8,10 @@
 from pathlib import Path
 
 from . import records, weights
-from .config import Config, ConfigError
+from .config import Config
 from .experiments import ITEMS, PARAMETERS, Settings, run_all, settings
 from .records import Record, RecordError
+from .settings import ConfigError
 from .train import command, words_to_settings
 
 #: Bytes that a shipped network may have: it is committed.

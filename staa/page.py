@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import devices, records
-from .config import ConfigError
 from .experiments import ITEMS, Settings, run_all
+from .settings import ConfigError
 from .train import command
 
 NOTEBOOKS = records.ROOT / "notebooks"

@@ -23,7 +23,6 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from .settings import Error
-from .settings import reason as reason
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,7 +12,7 @@ from .energy import measure
 from .experiments import CONVERGENCE, FIGURE3, FIGURE5, TABLE2, TABLE4, TABLE4_STEPS
 from .records import Record
 from .tables import ARCHITECTURES, LOST, ablation, count, mean_sd, paper, recorded, select, vouched_setups
-from .train import new_network
+from .weights import new_network
 
 Rows = list[tuple[str, dict]]
 

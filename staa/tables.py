@@ -9,11 +9,12 @@ from typing import Any
 import pandas as pd
 
 from . import lemaire, networks, records, stats
-from .config import LATER, Config, ConfigError
+from .config import LATER, Config
 from .energy import ELEMENTWISE, Measurement
 from .experiments import ABLATED, FIGURE2, POSITION_ENCODING, TABLE1, TABLE3, TABLE4, Settings
 from .networks import NEURONS
 from .records import Record
+from .settings import ConfigError
 
 LOST = "not in our source"
 ARCHITECTURES = {"vgg13": "VGG-13", "resnet19": "ResNet-19", "resnet20": "ResNet-20", "resnet18": "ResNet-18",

@@ -22,15 +22,14 @@ from torch.nn import functional as F
 
 from . import data, devices, memory, records
 from .checkpoint import read, resume, save
-from .config import Config, ConfigError
+from .config import Config
 from .data import evaluation_set as evaluation_set
 from .distributed import ALONE, Peers, Statistics, join
 from .firing import firing_rates
 from .optimizer import learning_rate, new_optimizer
 from .records import Record
 from .resident import Loader
-from .settings import Error
-from .settings import TrainingError as TrainingError
+from .settings import ConfigError, Error, TrainingError
 from .weights import found, keep, new_network
 from .weights import trained as trained
 

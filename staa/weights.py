@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from . import checkpoint, data, records
 from .checkpoint import undamaged
-from .config import Config, ConfigError
+from .config import Config
 from .networks import SpikingNetwork, build, skeleton
 from .records import Record, RecordError
+from .settings import ConfigError, reason
 
 #: A folder in the hub's manner: the weights, which hold the config too, and the config as a file to read.
 MODEL, CONFIG = "model.safetensors", "config.json"
@@ -53,8 +54,8 @@ def save(path: Path, tensors: dict[str, Tensor], config: Config, classes: int) -
     """A network's state and its config as one safetensors file, whole or not at all. Raises RecordError where they do
     not fit each other, or the file cannot be written."""
     tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    if reason := misfit(tensors, config, classes):
-        raise RecordError(f"{path} was not written: {reason}.")
+    if mismatch := misfit(tensors, config, classes):
+        raise RecordError(f"{path} was not written: {mismatch}.")
     about = {"config": json.loads(config.json), "classes": classes}
     about["sha256"] = checksum(about, tensors)
     # One entry: of several the library would change the order from file to file.
@@ -84,16 +85,16 @@ def rebuilt(path: Path, advice: str) -> SpikingNetwork:
         raise RecordError(f"the weights file {path} holds no config of this package, so that its network is not known.")
     with undamaged("weights file", path, advice):
         about = json.loads(about)
-        expected, classes, reason = about.pop("sha256"), about["classes"], ""
+        expected, classes, mismatch = about.pop("sha256"), about["classes"], ""
         try:
             config = Config.from_dict(about["config"])
         except ConfigError as error:
-            reason = f"its network cannot be built, {error}"
-        reason = reason or misfit(tensors, config, classes)
-        if not reason and expected != checksum(about, tensors):
+            mismatch = f"its network cannot be built, {error}"
+        mismatch = mismatch or misfit(tensors, config, classes)
+        if not mismatch and expected != checksum(about, tensors):
             raise ValueError("its checksum is wrong")
-    if reason:
-        raise RecordError(f"the weights file {path} does not match its config: {reason}.")
+    if mismatch:
+        raise RecordError(f"the weights file {path} does not match its config: {mismatch}.")
     with torch.random.fork_rng(devices=[]):  # the caller's generator does not see the first weights being drawn
         network = new_network(config, classes)
     network.load_state_dict(tensors)
@@ -256,5 +257,5 @@ def downloaded(repository: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=[MODEL, CONFIG]))
     except Exception as error:  # the hub's own errors, and those of the libraries under it
-        raise RecordError(f"{repository} is no folder, and the hub gave no such repository ({records.reason(error)})."
+        raise RecordError(f"{repository} is no folder, and the hub gave no such repository ({reason(error)})."
                           ) from None

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from staa import LIF, NETWORKS, NEURONS, Config, build, neurons
-from staa.config import LATER, ConfigError
+from staa.config import LATER
 from staa.networks import VGG
-from staa.settings import settings_of
+from staa.settings import ConfigError, settings_of
 
 
 @pytest.mark.parametrize("settings, words", [

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from staa import Config, data, events, frames, records
-from staa.config import ConfigError
 from staa.data import DataError, View, load, load_for, transform
+from staa.settings import ConfigError
 from staa.simulator import EVENT, Sensor
 
 

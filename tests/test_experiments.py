@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from staa import NEURONS, Config, records, runner
-from staa.config import ConfigError
 from staa.experiments import (
     FIGURE2,
     FIGURE3,
@@ -31,6 +30,7 @@ from staa.experiments import (
     table2,
     table4,
 )
+from staa.settings import ConfigError
 from staa.train import TrainingError
 
 CELL = "# Parameters\npreset = 'smoke'\nseeds = 1\ndataset = None\nnetwork = None\nneuron = None\nT = None\nlr = None"

@@ -3,7 +3,7 @@
 import pytest
 
 from staa import Config, experiments, items, records
-from staa.config import ConfigError
+from staa.settings import ConfigError
 
 TINY = ["dataset=digits", "width=0.0625", "T=1", "train_images=64", "batch_size=32", "lr=0.01", "epochs=1"]
 

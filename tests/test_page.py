@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from staa import page, records, tables
-from staa.config import ConfigError
+from staa.settings import ConfigError
 
 TABLE = pd.DataFrame({"Row": ["a & b", "<c>"], "Paper: x_1": ["94.08 %", "not in our source"], "r": ["1 ± 2", "{#}"]})
 

@@ -16,9 +16,9 @@ from torch import nn
 
 import staa
 from staa import Config, records, train
-from staa.config import ConfigError
 from staa.optimizer import new_optimizer
 from staa.records import Record, RecordError
+from staa.settings import ConfigError
 from staa.train import TrainingError, evaluate, learning_rate, run, train_epoch
 
 CPU = torch.device("cpu")
