@@ -7,15 +7,14 @@ first and a second pass through the cache, and writes benchmarks/events.json. Ti
 import argparse
 import json
 import os
-import platform
 import tempfile
-import time
-from importlib.metadata import version
+import timeit
 from pathlib import Path
 
 import numpy as np
 import torch
 from spikingjelly.datasets.utils import integrate_events_by_fixed_frames_number
+from timing import machine
 from tonic.transforms import ToFrame
 
 from staa import data, frames, records
@@ -25,17 +24,7 @@ T, SIZE = 16, 34
 
 def best(work, repeats=3):
     """Seconds of the fastest of several calls."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return min(timeit.repeat(work, number=1, repeat=repeats))
 
 
 def main(count: int):
@@ -64,9 +53,7 @@ def main(count: int):
         results["cache, bytes a recording"] = sum(f.stat().st_size for f in cached.folder.iterdir()) / count
 
     found = {"conditions": {"recordings": count, "events": events, "T": T, "sensor": SIZE, "threads": 1},
-             "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system(),
-                         "python": platform.python_version(),
-                         **{name: version(name) for name in ("numpy", "torch", "tonic", "spikingjelly")}},
+             "machine": machine(torch.device("cpu"), "numpy", "tonic", "spikingjelly"),
              "results": {name: float(f"{value:.3g}") for name, value in results.items()}}
     for name, value in found["results"].items():
         print(f"{name:50} {value:>12,g}")

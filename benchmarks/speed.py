@@ -8,6 +8,7 @@ current is channels-last, as inside a network.
 
 import argparse
 import json
+from unittest import mock
 
 import torch
 from timing import HERE, interleaved, machine, summary, write
@@ -29,33 +30,9 @@ BATCH = {"cpu": 32, "cuda": 128}  # of the networks
 
 #: What is measured so far; the next call goes on from there.
 PART = HERE / "speed.part"
-
-
-class NoCompiler:
-    """Run a case without a compiler."""
-
-    def __enter__(self):
-        self.before, fused.WORTH_COMPILING = fused.WORTH_COMPILING, 2 ** 62
-
-    def __exit__(self, *_):
-        fused.WORTH_COMPILING = self.before
-
-
-class Reference:
-    """Run a case as the equations stand."""
-
-    def __enter__(self):
-        fused.enabled = False
-
-    def __exit__(self, *_):
-        fused.enabled = True
-
-
-def inside(context, work):
-    def case():
-        with context():
-            work()
-    return case
+#: How a case is run: `no_compiler(work)` without a compiler, `reference(work)` as the equations stand.
+no_compiler = mock.patch.object(fused, "WORTH_COMPILING", 2 ** 62)
+reference = mock.patch.object(fused, "enabled", False)
 
 
 class ReLU(nn.ReLU):
@@ -137,12 +114,12 @@ def neurons(shape, dtype, device, rounds) -> dict:
     cases = {"copy": lambda: room.copy_(x)}
     cases |= {name: both_ways(layer, x, gradient) for name, layer in layers.items()}
     plain, with_attention = both_ways(lif, x, gradient), both_ways(attention, x, gradient)
-    cases |= {"LIF": plain, "LIF, no compiler": inside(NoCompiler, plain), "LIF, reference": inside(Reference, plain),
-              "STAA": with_attention, "STAA, reference": inside(Reference, with_attention)}
+    cases |= {"LIF": plain, "LIF, no compiler": no_compiler(plain), "LIF, reference": reference(plain),
+              "STAA": with_attention, "STAA, reference": reference(with_attention)}
     for name, sibling in {"FSTA's LIF": FSTALIF(shape[2], shape[0], temporal=False, spatial=False, slope=3.0),
                           "STAtten's LIF": STAttenLIF()}.items():
         work = both_ways(sibling, x, gradient)
-        cases |= {name: work, f"{name}, reference": inside(Reference, work)}
+        cases |= {name: work, f"{name}, reference": reference(work)}
     return {name: summary(t) for name, t in interleaved(cases, device, rounds).items()}
 
 
@@ -199,10 +176,10 @@ def networks(device, rounds) -> tuple[dict, dict]:
             "STAtten-2-256": network("statten", device, name="statten-2-256")}
     own = ("LIF", "STAA", "FSTA", "STAtten-2-256")
     cases = {name: training_step(net, x, labels) for name, net in nets.items()}
-    cases |= {f"{name}, reference": inside(Reference, training_step(nets[name], x, labels)) for name in own}
+    cases |= {f"{name}, reference": reference(training_step(nets[name], x, labels)) for name in own}
     cases |= {f"{name}, inference": inference(net, x) for name, net in nets.items()}
     memory = {name: kept(net, x) for name, net in nets.items()}
-    with Reference():
+    with reference:
         memory |= {f"{name}, reference": kept(nets[name], x) for name in own}
     return ({name: summary(t) for name, t in interleaved(cases, device, rounds).items()},
             {name: round(mib) for name, mib in memory.items()})
