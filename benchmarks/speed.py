@@ -26,8 +26,6 @@ from staa.surrogate import rectangle
 SHAPES = {"cpu": [(4, 32, 64, 32, 32), (16, 8, 64, 32, 32)], "cuda": [(4, 512, 64, 32, 32), (16, 128, 64, 32, 32)]}
 TYPES = {"cpu": [torch.float32], "cuda": [torch.float32, torch.bfloat16]}
 BATCH = {"cpu": 32, "cuda": 128}  # of the networks
-
-
 #: What is measured so far; the next call goes on from there.
 PART = HERE / "speed.part"
 #: How a case is run: `no_compiler(work)` without a compiler, `reference(work)` as the equations stand.

@@ -7,7 +7,7 @@ from typing import get_type_hints
 
 from . import frames
 from .data import AUGMENTATIONS, DATASETS, describe
-from .networks import NETWORKS, NEURONS, build, skeleton, whole
+from .networks import NETWORKS, NEURONS, build, full_settings, skeleton
 from .settings import ConfigError, one_of, reason, typed
 
 #: Settings that came after the first records: left out of the hash at this value, so that older runs keep their name.
@@ -101,7 +101,7 @@ class Config:
     def _check_network(self):
         """Fill in the defaults of neuron and network, so that the record is whole, and let the network judge them."""
         for what, names in (("neuron", NEURONS), ("network", NETWORKS)):
-            settings = whole(what, getattr(self, what), names, getattr(self, f"{what}_settings"))
+            settings = full_settings(what, getattr(self, what), names, getattr(self, f"{what}_settings"))
             object.__setattr__(self, f"{what}_settings", settings)
         try:
             least = skeleton(lambda: build(self.network, self.neuron, T=self.T, width=self.width,

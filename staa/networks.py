@@ -190,10 +190,11 @@ def build(network: str, neuron: str | Callable[..., nn.Module] = "staa", num_cla
     width = typed("width", width, float)
     if not width > 0:
         raise ConfigError(f"width must be above 0, got {width}")
-    network_settings = whole("network", network, NETWORKS, {} if network_settings is None else network_settings)
+    network_settings = full_settings("network", network, NETWORKS,
+                                     {} if network_settings is None else network_settings)
     named = neuron if isinstance(neuron, str) else name_of(neuron)
     if isinstance(neuron, str) or named in NEURONS and NEURONS[named] is neuron:
-        allowed = whole("neuron", named, NEURONS, neuron_settings)
+        allowed = full_settings("neuron", named, NEURONS, neuron_settings)
         make = partial(NEURONS[named], **{name: allowed[name] for name in neuron_settings})
     elif callable(neuron) and not isinstance(neuron, nn.Module):
         make = partial(neuron, **neuron_settings)
@@ -218,7 +219,7 @@ def skeleton(make: Callable[[], SpikingNetwork]) -> SpikingNetwork:
         return make()
 
 
-def whole(what: str, name: str, names: dict, given: dict) -> dict:
+def full_settings(what: str, name: str, names: dict, given: dict) -> dict:
     """The settings of a "neuron" or "network" by name: those given, each of its type, and the defaults of the rest."""
     one_of(what, name, names)
     typed(f"{what}_settings", given, dict)

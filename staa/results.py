@@ -9,7 +9,17 @@ from . import records
 from .config import Config
 from .experiments import ABLATED, FIGURE2, POSITION_ENCODING, TABLE4
 from .records import Record
-from .tables import ARCHITECTURES, LABELS, NAMES, mean_and_n, paper, paper_section, paper_table1, training, whole
+from .tables import (
+    ARCHITECTURES,
+    LABELS,
+    NAMES,
+    full_settings,
+    mean_and_n,
+    paper,
+    paper_section,
+    paper_table1,
+    training,
+)
 
 
 def results() -> pd.DataFrame:
@@ -44,11 +54,11 @@ def printed(config: dict) -> str:
     if all(config[name] == value for name, value in ABLATED.items()):
         sections = [(FIGURE2, "pe_place"), (POSITION_ENCODING, "pe_kind")] if config["dataset"] == "cifar10" else []
         texts = [paper_section(item)[label] for rows, item in sections for label, row in rows
-                 if config["neuron_settings"] == whole("staa", row) and label in paper_section(item)]
+                 if config["neuron_settings"] == full_settings("staa", row) and label in paper_section(item)]
         if texts:
             return f"{' and '.join(texts)} (section 4.3)"
         for (_, row), line in zip(TABLE4, paper("table4").itertuples()):
-            if config["neuron_settings"] == whole("staa", row):
+            if config["neuron_settings"] == full_settings("staa", row):
                 return f"{line.accuracy} on {LABELS[line.dataset]} (Table 4)"
     if config["dataset"] in LABELS and own_settings(config) == "STAA":
         rows = paper_table1()
@@ -60,9 +70,9 @@ def printed(config: dict) -> str:
 
 def own_settings(config: dict) -> str:
     """What differs from the neuron's defaults, as "STAA, gc = False"; with every block off it is the plain LIF."""
-    if config["neuron_settings"] == whole("staa", dict(TABLE4)["baseline"]):
+    if config["neuron_settings"] == full_settings("staa", dict(TABLE4)["baseline"]):
         return "STAA, all blocks off: LIF"
-    default = whole(config["neuron"], {})
+    default = full_settings(config["neuron"], {})
     assert default is not None, "the neuron of a record exists"
     others = [f"{k} = {config['neuron_settings'][k]}" for k in default if config["neuron_settings"][k] != default[k]]
     return ", ".join([config["neuron"].upper(), *others])

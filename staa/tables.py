@@ -150,7 +150,7 @@ def select(found: list[Record], **settings) -> list[Record]:
     """The records whose config has these settings; neuron_settings may leave out what has the neuron's default."""
     if "neuron_settings" in settings:
         given = settings.pop("neuron_settings")
-        found = [r for r in found if r.config["neuron_settings"] == whole(r.config["neuron"], given)]
+        found = [r for r in found if r.config["neuron_settings"] == full_settings(r.config["neuron"], given)]
     return [r for r in found if all(r.config[name] == value for name, value in settings.items())]
 
 
@@ -184,10 +184,10 @@ def recorded(neuron: str, **settings) -> str:
     return f"{mean_and_n(best)}; {training(best[0])}"
 
 
-def whole(neuron: str, settings: dict) -> dict | None:
+def full_settings(neuron: str, settings: dict) -> dict | None:
     """These settings with the neuron's defaults filled in; None where the neuron has no such setting."""
     try:
-        return networks.whole("neuron", neuron, NEURONS, settings)
+        return networks.full_settings("neuron", neuron, NEURONS, settings)
     except ConfigError:
         return None
 
