@@ -127,6 +127,8 @@ def front(found: list[page.Item]) -> None:
 
 
 def main(words: list[str]) -> None:
+    if words not in ([], ["docs"]):
+        sys.exit(f"publish.py: write docs, or nothing, got {' '.join(words)!r}")
     docs()
     if words != ["docs"]:
         found = page.items()
