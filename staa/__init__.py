@@ -17,7 +17,7 @@ from .surrogate import Surrogate, rectangle
 from .train import run
 from .weights import from_pretrained, load, save_pretrained
 
-# `python -m staa.train` finds its module imported already, here; nothing follows from that.
+# `python -m staa.train` warns that this file has imported staa.train already, which does no harm.
 warnings.filterwarnings("ignore", message="'staa.train' found in sys.modules", category=RuntimeWarning)
 
 __version__ = "0.1.0"

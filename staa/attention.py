@@ -235,10 +235,10 @@ class STAALIF(LIF):
             return self._reference(x.to(fused.membrane_type(x)), dropped).to(x.dtype)
 
     def draw(self, device: torch.device) -> Tensor | None:
-        """TSRD: the time steps (T,) that drop the aggregator, or None where none does. The CPU's generator draws, and
-        the mask is filled where it lies, so that a GPU is never waited for; in a network that is compiled as a whole or
-        captured as a CUDA graph, which would repeat one choice for ever, under torch.func, and where tensors are fake,
-        there is always a mask."""
+        """TSRD: the time steps (T,) that drop the aggregator, as a mask, or None where none does. The CPU's generator
+        draws, and the mask is filled on its device, so that a GPU is never waited for. There is always a mask under
+        torch.func, with fake tensors, in a network that is compiled as a whole, and in one that is captured as a CUDA
+        graph, which would repeat one choice for ever."""
         if not (self.training and self.beta):
             return None
         if (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
@@ -280,8 +280,7 @@ class STAALIF(LIF):
         return fused_staa.staa(x, parameters, kept, (alpha, *self.numbers()), self.surrogate)
 
     def is_plain(self) -> bool:
-        """As in LIF; and no block is another's, is changed, or has anybody who listens: `fused` calls none as a module.
-        """
+        """As in LIF; and every block is one of BLOCKS, unchanged and without hooks, since the fast path calls none."""
         def is_ours(m: nn.Module) -> bool:
             return (type(m) in BLOCKS and "forward" not in m.__dict__ and getattr(m, "eps", 1e-5) == 1e-5 and not (
                 m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks))

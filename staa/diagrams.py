@@ -33,7 +33,7 @@ class _Listener(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and not any(out is a for a in args):  # a change to the type it has is none
+        if isinstance(out, Tensor) and not any(out is a for a in args):  # `to` may return x itself
             inputs = [tuple(a.shape) for a in args if isinstance(a, Tensor)]
             self.found.setdefault(".".join([*self.modules, func.__name__]), Operation(inputs, tuple(out.shape)))
         return out

@@ -225,6 +225,6 @@ def join(device: torch.device) -> Peers:
 
 @functools.cache
 def group_of_gpus() -> Any:
-    """NCCL's, which notices a dead one by the time that passes only: between two sums that is one of loading a batch,
-    or of compiling."""
+    """NCCL's group, which notices a dead process by its timeout only: this must be longer than what lies between two
+    sums, loading a batch or compiling."""
     return dist.new_group(backend="nccl", timeout=timedelta(minutes=30))

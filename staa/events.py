@@ -182,7 +182,7 @@ def subset(targets: list[int], count: int) -> np.ndarray:
 
 def _download(source: Source, train: bool, root: Path, there: Callable[[], bool]):
     """Let tonic download or unpack into a folder of its own, and move what it unpacked into place: a recording is there
-    whole or not at all. Another process that is at it is waited for, and nothing is done where it leaves them there."""
+    whole or not at all. Where another process does this already, wait for it, and do nothing if it has succeeded."""
     import tonic.datasets
 
     cls = getattr(tonic.datasets, source.tonic)
@@ -214,7 +214,7 @@ def checked(events: np.ndarray, sensor: int, what: str) -> np.ndarray:
     if not len(events):
         raise DataError(f"{what} holds no event; replace or remove it.")
     for axis in "xy":
-        if not (events[axis].min() >= 0 and events[axis].max() < sensor):  # so that what is no number fails, too
+        if not (events[axis].min() >= 0 and events[axis].max() < sensor):  # NaN fails, too
             raise DataError(f"{what} has events outside its sensor of {sensor} x {sensor} pixels; replace or remove it"
                             ".")
     if (events["t"][1:] < events["t"][:-1]).any():

@@ -25,8 +25,8 @@ def neurons(network: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[ExitStack]:
-    """In evaluation, and afterwards each module in the mode that it was in; hooks whose handles are given to the stack
-    as `stack.callback(handle.remove)` end with it."""
+    """A context with the network in evaluation mode; afterwards each module has its own mode again. Hooks that were
+    given to the stack, as `stack.callback(handle.remove)`, are removed at its end."""
     modes = {module: module.training for module in network.modules()}
     try:
         network.eval()

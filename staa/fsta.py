@@ -7,10 +7,10 @@
     X~   = (t X_t + s X_s) / 2
 
 and X~ is the current of a plain LIF neuron. The forms and the starting values alpha = beta = 0.5, t = 0.6 and s = 0.5
-are those of the authors' public code; the DCT is computed, not stored, and X is read and multiplied as a whole once:
-X~ = X (1 + g) (t + s (1 + a)) / 2. With both gates at 1/2 X~ is 1.0125 X. On a
-feature map of 1 x 1 every pooling is the number itself, and of the k x k window and the 7 x 7 kernel only the centre
-meets anything but padding: the spatial gate is then one learned function of the sum over the channels.
+are those of the authors' public code; the DCT is computed, not stored, and X is multiplied once, by all factors
+together: X~ = X (1 + g) (t + s (1 + a)) / 2. With both gates at 1/2 X~ is 1.0125 X. On a feature map of 1 x 1 every
+pooling is the number itself, and of the k x k window and the 7 x 7 kernel only the centre meets anything but padding:
+the spatial gate is then one learned function of the sum over the channels.
 """
 
 import math

@@ -3,8 +3,8 @@
 
 A neuron is limited by memory traffic: of a large current nothing is kept for the backward pass but the current itself,
 and the membrane potential is computed anew. There are two ways: the equations compiled (Inductor, Triton); and, where
-there is no compiler or a current is too small to compile for, operators in place. (In these a potential that is no
-number, NaN, is forgotten at its reset, which the equations carry on.)
+there is no compiler or a current is too small to compile for, operators in place. (One difference: a potential that is
+NaN stays NaN in the equations, and in place may become 0 at the reset.)
 
 `staa.fused.enabled = False`, or STAA_FUSED=0 in the environment, switches both off. Membrane potentials are float32 for
 currents of lower precision, and of the current's type otherwise.
@@ -64,10 +64,10 @@ _here = threading.local()
 
 
 def set_limits() -> None:
-    """torch's settings for compiling, which hold in one thread: a GPU's backward pass has its own."""
+    """Set torch's limits for compiling, of which each thread has its own: a GPU's backward pass runs in another one."""
     if not hasattr(_here, "set"):
         limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, 64)  # for each T, and on a GPU for sizes, once more
+        limits.recompile_limit = max(limits.recompile_limit, 64)  # each T, and on a GPU each size, is compiled for
         torch.fx.experimental._config.use_duck_shape = False  # sizes that happen to agree would be taken for one
         _here.set = True
 
@@ -93,8 +93,9 @@ def lazy_compile(function: Callable) -> Callable:
 
 
 def bare_tensor(x: Tensor) -> Tensor:
-    """x detached: a view would be compiled for anew with each other base. On a GPU a current's sizes (T, B, ...) are
-    compiled in, all but that of its batch: with unknown ones it would divide whole numbers and load one at a time."""
+    """x detached, since a view of another base would be compiled for anew. On a GPU the sizes of a current (T, B, ...)
+    are compiled in, but for the batch's: a kernel that does not know them divides integers, and loads one number at a
+    time."""
     x = x.detach()
     if on_gpu(x) and x.dim() > 2:
         for dimension in (0, *range(2, x.dim())):
@@ -103,6 +104,7 @@ def bare_tensor(x: Tensor) -> Tensor:
 
 
 def on_gpu(x: Tensor) -> bool:
+    """Whether x is compiled for as on a GPU; tests answer it themselves, to run a GPU's kernels without one."""
     return x.is_cuda
 
 
@@ -138,6 +140,6 @@ def flat(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def empty_for_rows(x: Tensor, channels_last: bool) -> Tensor:
-    """A tensor like x, for a result, of which `flat` is a view. It is none itself: what a function returns may be
-    changed in place by its caller, but a view may not."""
+    """An empty tensor like x for a result; `flat` of it is a view to write into. It is no view itself, since autograd
+    does not let a caller change in place a view that a Function returned."""
     return torch.empty_like(x, memory_format=torch.preserve_format if channels_last else torch.contiguous_format)

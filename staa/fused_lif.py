@@ -82,18 +82,20 @@ def potentials(x: Tensor, surrogate: Surrogate, decay, gain, v_th, v_reset) -> l
 
 
 def sixteens(x: Tensor) -> Tensor:
-    """x (T, N), on a GPU as (T, N / 16, 16) where that divides: so Triton knows it, and loads 16 bytes at once."""
+    """x (T, N), on a GPU as (T, N / 16, 16) where 16 divides N: Triton then knows that it does, and loads 16 bytes at
+    once."""
     return x.unflatten(1, (-1, 16)) if fused.on_gpu(x) and x.shape[1] % 16 == 0 else x
 
 
 def rows_of(x: Tensor) -> Sequence[Tensor]:
-    """The rows of x. Those of `sixteens` in tensors that begin there: where a view does, the compiler does not know."""
+    """The rows of x. Those of `sixteens` as tensors of their own, not views: of a view the compiler does not know at
+    which address it begins, and so not that it can load 16 bytes at once."""
     if x.dim() == 2:
         return x.unbind()
-    return [from_dlpack(to_dlpack(row)) for row in x.unbind()]  # a tensor itself: only of the current GPU
+    return [from_dlpack(to_dlpack(row)) for row in x.unbind()]  # from_dlpack(row) works on the current GPU only
 
 
-# Results go into rows that are there: on a GPU, `torch.stack` would compute U anew for each row.
+# Results are copied into rows that exist: of a `torch.stack` a GPU's kernel would compute U anew for each row.
 
 @lazy_compile
 def _lif(x: Tensor, s: list[Tensor], numbers: Tensor, usual: bool, surrogate: Surrogate) -> None:
@@ -146,7 +148,8 @@ def reset(hm: Tensor, u: Tensor, surrogate: Surrogate, v_th: float, v_reset: flo
 
 def fire_backward_in_place(u: Tensor, ds: Tensor, d: Tensor | None, decay: float, room: tuple[Tensor, Tensor],
                            out: Tensor, surrogate: Surrogate, v_th: float, v_reset: float, *settings: float) -> None:
-    """`fire_backward` of dHm = decay d, or of no dHm, into `out`; the two tensors of room may be d and out."""
+    """`fire_backward` of dHm = decay d, or of no dHm where d is None, into `out`. room: two tensors to compute in, of
+    which only the second may be d."""
     if surrogate is not RECTANGLE:
         dhm = None if d is None else decay * d
         out.copy_(fire_backward(u, ds.to(u.dtype), dhm, surrogate, v_th, v_reset, *settings))
@@ -191,7 +194,8 @@ def slices(x: Tensor, buffers: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]
 
 def potentials_in_place(x: Sequence[Tensor], us: Sequence[Tensor], hm: Tensor, surrogate: Surrogate, decay, gain, v_th,
                         v_reset) -> Iterator[Tensor]:
-    """U[t], step by step, with the rounding of `LIF.charge`; in us[t], or X itself where that is U. hm is room."""
+    """U[t], step by step, rounded as `LIF.charge` rounds: written to us[t], or X[0] itself where that equals U[0].
+    hm: a tensor to compute in."""
     if gain == 1 and not v_reset and x[0].dtype == hm.dtype:  # as in the networks: U[0] is X[0], Hm needs no shift
         exact = math.frexp(decay)[0] == 0.5  # a power of two: the product is not rounded, and one pass does for two
         u = x[0]

@@ -71,7 +71,8 @@ def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, sur
     # p (Hm + PE) + (total - p) X~ = p Hm + (total - p) X + total added + p (PE - added)
     seen, w, slope = mean + added + pe_membrane, total * added + pe_output + rest, pe_membrane - added
     hm, hm_mean, spikes = torch.zeros_like(x[0]) + v_reset, v_reset, []
-    to_compile = torch.compiler.is_compiling() or isinstance(v_th, Tensor)        # ours: also where torch declines
+    # The numbers are tensors in `_forward` and `_backward`, also where torch runs these without compiling them.
+    to_compile = torch.compiler.is_compiling() or isinstance(v_th, Tensor)
     one_step = step if to_compile else _Step.apply
     for t, (x_t, seen_t, w_t, slope_t) in enumerate(zip(x.unbind(), seen.unbind(), w.unbind(), slope.unbind())):
         p = zero[t] + decay

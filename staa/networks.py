@@ -207,8 +207,8 @@ def build(network: str, neuron: str | Callable[..., nn.Module] = "staa", num_cla
 
 
 def skeleton(make: Callable[[], SpikingNetwork]) -> SpikingNetwork:
-    """A network for its shapes: without memory on torch's meta device or, where it computes with numbers while it is
-    built, as it is, and the caller's generator does not see it."""
+    """A network that is built for its shapes alone: on torch's meta device, which takes no memory, or as it is where
+    building it needs numbers. The caller's random generator stays as it was."""
     try:
         with torch.device("meta"):
             return make()

@@ -17,7 +17,7 @@ def new_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch.o
 
 
 def learning_rate(config: Config, progress: float, step: float) -> float:
-    """After `progress` epochs, for a step that is so much of one: linear warm-up, which the last step of warmup_epochs
-    completes, times a cosine from lr down to 0."""
+    """The learning rate after `progress` epochs, of which one step is the part `step`: a linear warm-up, complete with
+    the last step of warmup_epochs, times a cosine from lr down to 0."""
     warmup = min((progress + step) / config.warmup_epochs, 1.0) if config.warmup_epochs else 1.0
     return warmup * config.lr * (1 + math.cos(math.pi * progress / config.epochs)) / 2

@@ -121,9 +121,9 @@ def vouched() -> list[Record]:
 
 
 def provenance(device, seconds: list[list], code: str, processes: int) -> dict:
-    """Where and how a run was made: what may differ between two runs of the same config. seconds: of each epoch, by the
-    clock and of the processor's work for this process; the second is what another program beside it does not change,
-    and is left out where it is not known of an epoch (None)."""
+    """Where and how a run was made: what may differ between two runs of the same config. seconds: for each epoch a
+    pair, by the clock and of the processor's work for this process, which other programs do not change; the latter are
+    left out where one of them is not known (None)."""
     import torch
     import torchvision
 

@@ -20,7 +20,7 @@ from .distributed import Peers
 #: fewer groups for each.
 CHUNK = 4096
 AUGMENTATIONS = ("none", "standard", "autoaugment")
-#: So many images are evaluated at once, at least: where batches are smaller, it is for the sake of learning.
+#: At least so many images are evaluated at once: a smaller batch_size is chosen for the sake of training.
 EVALUATED = 64
 
 

@@ -47,8 +47,8 @@ def settings_of(constructor: Callable) -> dict[str, tuple[type, Any]]:
     """The settings of a neuron or a network, which is a class or a factory: name -> (type, default).
 
     They are the parameters with a default but those that every neuron or network has, and those of a class's base where
-    **kwargs hand them on. A partial may change a default; what it fixes has none. Raises ConfigError where a
-    keyword-only one is of no type that a setting has; one that is not keyword-only is then no setting.
+    **kwargs hand them on. A partial may change a default; what it fixes has none. A parameter of another type than a
+    setting's is no setting, and raises ConfigError where it is keyword-only.
     """
     found: dict[str, tuple[type, Any]] = {}
     made, fixed = getattr(constructor, "func", constructor), getattr(constructor, "keywords", {})

@@ -3,8 +3,8 @@ Transformer (SDT) that it extends.
 
 Residuals add real numbers (membrane shortcuts), and a neuron stands in front of every convolution and linear layer but
 the first convolution of a static image: each of them receives spikes; on events, joint attention's projection receives
-0, 1 and 2. Tokens stay maps (T, B, C, H, W) throughout, so
-that any neuron of the frame can be handed in; the published one is `neuron="statten"`.
+0, 1 and 2. Tokens stay maps (T, B, C, H, W) throughout, so that any neuron of the frame can be handed in; the published
+one is `neuron="statten"`.
 
 Joint attention cuts the T steps into T/c chunks; the c H W tokens of a chunk attend to each other, linearly:
 

@@ -66,7 +66,7 @@ def run(config: Config, *, device: str | torch.device | None = None, workers: in
 
 
 def hold(held: ExitStack, place: Path, on_wait: Callable[[], None]) -> None:
-    """Hold a run's folder, made if need be, until `held` ends; what a killed process was about to write goes."""
+    """Hold a run's folder, made if need be, until `held` ends, and remove the unfinished files of a killed process."""
     try:
         held.enter_context(records.alone(place / "lock", on_wait))
         for name in ("checkpoint.pt", "record.json", "weights.safetensors", "weights.pt"):
@@ -79,7 +79,7 @@ def hold(held: ExitStack, place: Path, on_wait: Callable[[], None]) -> None:
 
 @contextmanager
 def one_sentence(config: Config) -> Iterator[None]:
-    """What a process that loads data ended in, without the traceback that torch adds to it."""
+    """Turn torch's errors into one sentence: BN without a variance, and what a process that loads data ended in."""
     try:
         yield
     except torch.OutOfMemoryError:

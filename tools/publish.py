@@ -83,7 +83,7 @@ class Page(HTMLExporter):
 
 
 def docs() -> None:
-    """site/api: one page a module, in the order of the imports' names; the ones that need a live figure included."""
+    """site/api: one page a module, in the order of their names."""
     import pdoc
 
     modules = ["staa", *sorted(f"staa.{path.stem}" for path in (records.ROOT / "staa").glob("[a-z]*.py"))]
