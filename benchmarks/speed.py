@@ -3,7 +3,7 @@
 Each LIF neuron is the same one: decay 0.25, threshold 1, hard reset to 0; that it gives the same spikes is checked
 before anything is timed. Surrogates are rectangular, but for norse, which has none, and for SpikingJelly on a GPU,
 whose kernels know the triangular one. The siblings' neurons, which are others, stand beside their own equations. The
-current is channels-last, as inside a network.
+current is channels-last, as inside a network. Where it was cut off, the next call goes on.
 """
 
 import argparse
@@ -242,8 +242,8 @@ def rows(found: dict) -> list[tuple[str, float, str, bool]]:
 
 
 def main(device: torch.device, rounds: int):
-    found = begun({"machine": machine(device, "spikingjelly", "snntorch", "norse"), "rounds": rounds,
-                   "unit": "ms"})
+    found = begun({"machine": machine(device, "spikingjelly", "snntorch", "norse"), "commit": records.commit(),
+                   "rounds": rounds, "unit": "ms"})
     for dtype in TYPES[device.type]:
         for shape in SHAPES[device.type]:
             section = f"{shape}{' bfloat16' if dtype == torch.bfloat16 else ''}"
