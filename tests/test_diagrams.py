@@ -52,6 +52,18 @@ def test_operations_are_those_of_any_module():
                                                              "1.relu": ([(4, 2)], (4, 2))}
 
 
+def test_of_an_operation_that_happens_again_the_first_is_shown():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.ReLU()
+
+        def forward(self, x):
+            return self.inner(x) + self.inner(x.sum(0))
+
+    assert diagrams.operations(Twice(), torch.zeros(2, 3))["inner.relu"] == ([(2, 3)], (2, 3))
+
+
 @pytest.mark.parametrize("T, B, C, H, W, r", [(4, 2, 64, 32, 32, 4), (3, 5, 24, 6, 7, 8), (2, 3, 128, 4, 9, 2)])
 def test_the_labels_of_figure_1_follow_the_forward_pass(T, B, C, H, W, r):
     neuron = STAALIF(C, T, r=r, alpha=1.5, beta=0.25)
@@ -68,6 +80,13 @@ def test_the_labels_of_figure_1_follow_the_forward_pass(T, B, C, H, W, r):
     sizes = {axis for label in labels if "×" in label.strip("×") for axis in label.split("×")}
     assert sizes <= {str(n) for n in (1, T, B, C, H, W, H * W, T * B, C // r, C // 4)}, "a size from nowhere"
     assert "alpha = 1.5" in shown and "beta = 0.25" in shown and "1 - beta = 0.75" in shown
+
+
+def test_in_figure_1_the_aggregator_is_dropped_with_probability_beta():
+    figure = diagrams.figure1(STAALIF(8, 3, beta=0.25), torch.randn(3, 2, 8, 4, 4))
+    across = {text.get_text(): text.get_position()[0] for text in texts(figure)}
+    switch = across[next(word for word in across if word.startswith("U[t]   "))]
+    assert across["aggregator (a)\npe_input, gc, sa"] < across["1 - beta = 0.75"] < switch < across["beta = 0.25"]
 
 
 def test_drawing_leaves_the_neuron_as_it_was():

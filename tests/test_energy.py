@@ -441,9 +441,13 @@ def test_the_figures_show_what_was_measured(paper):
     *maps, lines, _ = plots.firing(found).axes  # the last one is the colour bar
     for axes, m in zip(maps, found.values()):
         assert axes.collections[0].get_array().data == pytest.approx(100 * torch.tensor(list(m.rates.values())).numpy())
-    assert [line.get_ydata().mean() for line in lines.lines][0] == pytest.approx(10)
+    most = max(rate for m in found.values() for rates in m.rates.values() for rate in rates)
+    assert [axes.collections[0].get_clim() for axes in maps] == [pytest.approx((0, 100 * most))] * 2, "one scale"
+    for line, m in zip(lines.lines, found.values(), strict=True):
+        assert line.get_ydata() == pytest.approx([100 * sum(rates) / m.T for rates in m.rates.values()])
     twin = energy.measure(energy.ann("resnet20"), [paper[1]])
     (axes,) = plots.advantage(found, twin, 0.123).axes
+    assert [12.3, 12.3] in [pytest.approx(list(line.get_xdata())) for line in axes.lines], "the rate that is marked"
     memory = [line for line in axes.lines if "STAA, with memory" in line.get_label()][0]
     crossing = np.interp(-1, -memory.get_ydata(), memory.get_xdata())
     assert crossing == pytest.approx(100 * lemaire.break_even(paper[2], twin), abs=0.3)

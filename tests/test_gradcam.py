@@ -113,3 +113,47 @@ def test_events_are_shown_as_frames_as_a_cloud_and_as_a_small_animation():
     for shown in (figure, cloud):
         shown.savefig(io.BytesIO(), format="png")
     plt.close("all")
+
+
+def test_the_cloud_has_both_polarities_and_y_from_above():
+    found = events()[:7999]
+    found["p"][:100] = 1
+    (axes,) = plots.event_cloud(found, 34, len(found)).axes
+    assert axes.get_zlim() == (34, 0)
+    shown = {points.get_label(): len(points.get_offsets()) for points in axes.collections}
+    assert shown == {"darker": (found["p"] == 0).sum(), "brighter": (found["p"] == 1).sum()}
+    plt.close("all")
+
+
+def test_full_colour_is_for_one_of_ten_pixels_with_events():
+    frames = np.zeros((4, 2, 5, 5), np.int16)
+    assert plots.bright(frames) == 1
+    frames[:, 0, :2] = np.arange(1, 41).reshape(4, 2, 5)
+    assert (frames[frames > 0] > plots.bright(frames)).mean() == 0.1
+
+
+def test_frames_are_numbered_from_one_and_the_animation_loops():
+    from PIL import Image
+
+    frames = np.random.default_rng(0).poisson(1, (5, 2, 8, 8))
+    assert [axes.get_title() for axes in plots.event_frames(frames).axes] == [*(f"t = {t}" for t in range(1, 6)), ""]
+    html = plots.event_animation(frames).data
+    gif = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", html)[1])))
+    assert (gif.info["loop"], gif.info["duration"], gif.size) == (0, 100, (200, 200))
+    plt.close("all")
+
+
+def test_each_map_has_its_own_scale_the_columns_a_title_and_the_rows_a_label():
+    rng = np.random.default_rng(0)
+    cams = {label: {"first": 0.01 * rng.random((9, 9)), "last": 7 * rng.random((9, 9))} for label in ("A", "B")}
+    outline = np.zeros((9, 9), bool)
+    outline[5:8, 1:4] = True
+    axes = plots.cam_rows(cams, outline).axes
+    assert [a.get_title() for a in axes] == ["first", "last", "", ""]
+    assert [a.get_ylabel() for a in axes] == ["A", "", "B", ""]
+    for a, cam in zip(axes, [cam for row in cams.values() for cam in row.values()], strict=True):
+        assert a.images[0].get_clim() == (0, cam.max())
+        (line,) = a.collections
+        vertices = line.get_paths()[0].vertices
+        assert (vertices.min(0).tolist(), vertices.max(0).tolist()) == ([0.5, 4.5], [3.5, 7.5]), "around the object"
+    plt.close("all")

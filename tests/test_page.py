@@ -78,6 +78,42 @@ def test_the_page_holds_everything_and_needs_nothing_else():
     assert "Not made yet." in parts["table1"]
 
 
+def test_a_title_and_a_running_time_are_text(small):
+    path = page.NOTEBOOKS / "bad.ipynb"
+    text = path.read_text().replace("a title", "a < b & c").replace("time: none.", r"time: `two`\nhours. Or more.")
+    path.write_text(text)
+    (bad, _) = found = page.items()
+    assert (bad.title, bad.cost) == ("bad: a < b & c", "two hours")
+    assert "<h2>bad: a &lt; b &amp; c</h2>" in page.page(found)
+
+
+def test_a_figure_is_that_items_whose_name_is_the_longest_to_begin_its_own():
+    for name in ("energy", "energy_a", "energy_by_depth", "energy_by_depth_b", "energyc"):
+        records.write(records.folder("figures") / f"{name}.png", b"PNG")
+    found = [page.Item(name, name, "none") for name in ("energy", "energy_by_depth")]
+    first, second = (re.findall('alt="(.*?)"', part) for part in page.page(found).split("<section")[1:])
+    assert (first, second) == (["energy", "energy_a"], ["energy_by_depth", "energy_by_depth_b"])
+
+
+def test_an_output_is_old_where_anything_that_it_is_made_of_is_newer(small, tmp_path, monkeypatch):
+    files = [page.NOTEBOOKS / "good.ipynb"]
+    for kind, name in (("package", "lif.py"), ("paper", "table1.csv"), ("records", "run.json")):
+        monkeypatch.setenv(f"STAA_{kind.upper()}", str(tmp_path / kind))
+        records.write(tmp_path / kind / name, b"")
+        files.append(tmp_path / kind / name)
+    monkeypatch.setattr(page, "__file__", str(tmp_path / "package" / "page.py"))
+    (item,) = [item for item in page.items() if item.name == "good"]
+    assert not item.fresh()
+    records.write(item.output, b"")
+    for path, seconds in [(item.output, 2000), *((path, 1000) for path in files)]:
+        os.utime(path, (seconds, seconds))
+    assert item.fresh()
+    for path in files:
+        os.utime(path, (3000, 3000))
+        assert not item.fresh(), path
+        os.utime(path, (1000, 1000))
+
+
 def test_outside_a_checkout_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "NOTEBOOKS", tmp_path)
     with pytest.raises(ConfigError, match="^the notebooks come with a checkout of the project, and .* has none.$"):

@@ -1,5 +1,6 @@
 """`make docs` and `make site`: every link within the pages leads somewhere, every public name has its place."""
 
+import html
 import inspect
 import json
 import os
@@ -108,3 +109,26 @@ def test_the_front_page_links_all(tmp_path, monkeypatch):
     assert derivation.count("<math") == len(re.findall(r"\$\$.+?\$\$|\$[^$]+\$", text, re.DOTALL)) > 90
     for path in (tmp_path / "site" / "notebooks").glob("*.html"):
         assert not Links(path.read_text()).loaded
+    (figures / "index.html").unlink()
+    tool.front(found)
+    assert "comparison.html" not in Links((tmp_path / "site" / "index.html").read_text()).links
+    assert not (tmp_path / "site" / "comparison.html").exists(), "that of an earlier time"
+
+
+def test_a_title_is_text(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(records.ROOT / "tools"))
+    import publish as tool
+
+    monkeypatch.setattr(tool, "SITE", tmp_path)
+    tool.front([page.Item("x", "a < b & c", "d < e")])
+    text = (tmp_path / "index.html").read_text()
+    assert ">a &lt; b &amp; c</a>" in text and "make x: d &lt; e<" in text
+
+
+def test_a_formula_of_its_own_line_is_a_block_and_has_its_number(monkeypatch):
+    monkeypatch.syspath_prepend(str(records.ROOT / "tools"))
+    from publish import Formulas
+
+    block, inline = Formulas(escape=False).block_math(r"a = b \tag{7}"), Formulas(escape=False).inline_math("a = b")
+    assert [re.sub(r"<.*?>|\s", "", html.unescape(formula)) for formula in (block, inline)] == ["a=b(7)", "a=b"]
+    assert 'display="block"' in block and 'display="block"' not in inline

@@ -75,11 +75,11 @@ def test_a_moved_slider_redraws_and_the_others_keep_their_values(shown, monkeypa
     from ipywidgets.widgets.widget import _instances
 
     monkeypatch.setattr(sliders, "front_end", lambda: True)
-    explore(height=(0, 10, 1, 5), other=(0.0, 1.0, 0.1, 0.5))
+    explore(height=(0, 10, 1, 5), other=(0.0, 1.0, 0.1, 0.5), mixed=(0, 2, 0.5, 1))
     assert shown[0].keys() >= {"image/png", "text/plain", VIEW}, "a page on the web falls back on the picture"
     box, image, label = _instances[shown[0][VIEW]["model_id"]].children
-    height, other = box.children
-    assert type(height) is ipywidgets.IntSlider and type(other) is ipywidgets.FloatSlider
+    height, other, mixed = box.children
+    assert type(height) is ipywidgets.IntSlider and type(other) is type(mixed) is ipywidgets.FloatSlider
     assert (height.description, height.min, height.max, height.value) == ("height", 0, 10, 5)
     before = image.value
     height.value = 9
