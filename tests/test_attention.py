@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from staa import LIF, STAALIF, GlobalContext, PositionEncoding, StepAttention
-from staa.attention import sinusoid
+from staa.attention import Pointwise, sinusoid
 
 T, B, C, H, W = 4, 2, 8, 5, 6
 
@@ -82,6 +82,13 @@ def test_the_offset_of_gc_ignores_where_things_are():
     order = torch.randperm(H * W)
     shuffled = x.flatten(2)[..., order].view_as(x)
     torch.testing.assert_close(gc(shuffled), gc(x).flatten(2)[..., order].view_as(x))
+
+
+def test_a_layer_that_starts_at_zero_draws_all_the_same():
+    """The weights that a seed gives to the layers after it are those of any convolution before them."""
+    ours, theirs = torch.manual_seed(3) and Pointwise(4, 6, from_zero=True), torch.rand(5)
+    other, expected = torch.manual_seed(3) and torch.nn.Conv2d(4, 6, 1), torch.rand(5)
+    assert torch.equal(theirs, expected) and not ours.weight.any() and not ours.bias.any() and other.weight.any()
 
 
 def test_sa_by_hand():

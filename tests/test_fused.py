@@ -437,7 +437,22 @@ def test_a_changed_equation_takes_the_reference():
     neuron = STAALIF(4, 2)
     neuron.gc.query.register_full_backward_hook(lambda *_: calls.append("backward"))
     neuron(torch.randn(2, 1, 4, 3, 3)).sum().backward()
-    assert set(calls) == {"forward", "backward"}
+    neuron = STAALIF(4, 2)
+    neuron.gc.query.register_full_backward_pre_hook(lambda *_: calls.append("before"))
+    neuron(torch.randn(2, 1, 4, 3, 3)).sum().backward()
+    assert set(calls) == {"forward", "backward", "before"}
+
+    class Mixed(STAALIF):
+        def mix(self, hm, x):
+            return 2 * x
+
+    class Attending(STAALIF):
+        def attend(self, x):
+            return 2 * x
+
+    quiet, loud = torch.full((2, 1, 4, 3, 3), 0.4), torch.full((2, 1, 4, 3, 3), 0.6)
+    for made in (Mixed(4, 2).eval(), Attending(4, 2).eval()):
+        assert not made(quiet)[0].any() and made(loud).all(), "twice the current"
 
     class Twice(torch.nn.Conv2d):
         def forward(self, x):

@@ -188,6 +188,27 @@ def test_firing_rates_are_mean_spikes():
     assert all(0 < rate < 1 for rate in rates().values())
 
 
+def test_firing_rates_begin_anew_each_time():
+    layer = nn.Identity()
+    layer.is_neuron = True
+    rates = firing_rates(layer)
+    for spikes, rate in ((torch.zeros(2, 3), 0.0), (torch.ones(2, 1), 1.0)):
+        with rates:
+            layer(spikes)
+        assert rates() == {"": rate}
+
+
+@pytest.mark.parametrize("kind, places", [(torch.bfloat16, 501), (torch.float32, 2 ** 23 + 1)])
+def test_firing_rates_count_every_spike_in_any_type(kind, places):
+    """bf16 has the whole numbers up to 2^8, float32 up to 2^24."""
+    layer = nn.Identity()
+    layer.is_neuron = True
+    with firing_rates(layer) as rates:
+        layer(torch.ones(1, dtype=kind, requires_grad=True).expand(2, 3, 1, places))
+    assert not rates.spikes[""].requires_grad, "they would keep every activation"
+    assert rates.spikes[""].tolist() == [3 * places] * 2 and rates() == {"": 1.0}
+
+
 def test_neurons_in_anybodys_network_are_found_and_none_inside_another():
     class Mine(nn.Module):
         def __init__(self, channels, T):
@@ -251,8 +272,12 @@ def test_bad_arguments(arguments, words):
 
 @pytest.mark.parametrize("name, shape, words", [
     ("vgg13", (1, 3, 16, 16), "at least 32 x 32, got 16 x 16"), ("resnet20", (1, 1, 32, 32), "C=3"),
-    ("resnet20", (1, 2, 3, 32, 32), "T=4"), ("resnet20", (3, 32, 32), "takes images"),
-    ("resnet18", (1, 3, 16, 16), "at least 32")])
+    ("resnet20", (1, 2, 3, 32, 32), "this network takes .*T=4"),
+    ("resnet20", (1, 5, 3, 32, 32), "this network takes .*T=4"),
+    ("resnet19", (1, 3, 4, 3), "at least 4 x 4, got 4 x 3"),
+    ("resnet20", (3, 32, 32), "takes images"),
+    ("resnet18", (1, 3, 16, 16), "at least 32"), ("statten-2-256", (1, 3, 3, 8), "at least 4 x 4, got 3 x 8"),
+    ("sdt-8-512", (1, 3, 15, 16), "at least 16 x 16, got 15 x 16")])
 def test_bad_input(name, shape, words):
     with pytest.raises(ValueError, match=words):
         build(name, width=1 / 16)(torch.zeros(shape))

@@ -101,6 +101,19 @@ def test_without_weights_the_temporal_gate_is_a_half_and_else_the_formula_channe
         assert torch.equal(gate(x), torch.full((4, 3, 1, 1, 1), 0.5))
 
 
+@torch.no_grad()
+def test_the_spatial_gate_sees_the_mean_over_time_of_what_the_temporal_gate_passes():
+    """Step by step, with torch's own convolutions over the coefficients of the DCT."""
+    neuron, x = FSTALIF(5, T=3, k=3, reduction=4), torch.randn(3, 2, 5, 6, 7)
+    nn.init.normal_(neuron.temporal.mix.weight)
+    first, _, last = neuron.spatial.convolutions
+    passed = x * neuron.temporal(x) + x
+    fewer = nn.functional.conv2d(neuron.spatial.dct(passed.mean(0).sum(1, keepdim=True)), first.weight, padding=3)
+    a = nn.functional.conv2d(fewer.clamp(min=0), last.weight, padding=3).sigmoid()
+    assert a.std() > 0.01
+    torch.testing.assert_close(neuron.attend(x), (0.6 * passed + 0.5 * (passed * a + passed)) / 2)
+
+
 def test_with_all_gates_at_a_half_the_current_grows_by_an_eightieth():
     neuron, x = FSTALIF(5, T=4), torch.randn(4, 3, 5, 6, 6)
     with torch.no_grad():
@@ -193,6 +206,7 @@ def test_half_the_threshold_is_twice_the_current(name):
         neuron = NEURONS[name](8, T=4)
         assert half_threshold(neuron).v_th == 0.5
     assert half_threshold(nn.ReLU())(x).equal(x.relu())
+    assert half_threshold(LIF(v_th=1.0, v_reset=-2.0)).v_th == -0.5, "half way from the reset"
     learned = LIF()
     learned.v_th = nn.Parameter(torch.tensor([1.0, 2.0]))
     assert half_threshold(learned).v_th.tolist() == [0.5, 1.0] and isinstance(learned.v_th, nn.Parameter)
