@@ -165,10 +165,18 @@ def test_a_damaged_image_is_named(tree, damage):
         list(View(load("imagefolder:pets", True), range(8), transform("imagefolder:pets", 28)))
 
 
-def test_an_image_of_more_than_eight_bits_is_refused_rather_than_cut(tree):
-    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tree / "train" / "cat" / "1.png")
-    with pytest.raises(DataError, match=r"cat/1.png cannot be read \(its numbers have more than 8 bits, I"):
+@pytest.mark.parametrize("kind, ending, mode", [(np.uint16, "png", "I"), (np.float32, "tiff", "F")])
+def test_an_image_of_more_than_eight_bits_is_refused_rather_than_cut(tree, kind, ending, mode):
+    Image.fromarray(np.full((8, 8), 40_000, kind)).save(tree / "train" / "cat" / f"1.{ending}")
+    with pytest.raises(DataError, match=rf"cat/1.{ending} cannot be read \(its numbers have more than 8 bits, {mode}"):
         list(View(load("imagefolder:pets", True), range(8), transform("imagefolder:pets", 28)))
+
+
+def test_where_there_is_a_validation_set_it_is_the_one_for_testing(tree):
+    """The labels of ImageNet's test set are not published."""
+    (tree / "test" / "cat").mkdir(parents=True)
+    (tree / "test" / "dog").mkdir()
+    assert load("imagefolder:pets", False).root == tree / "val"
 
 
 def test_a_file_name_need_not_be_utf8(tree):
@@ -244,6 +252,21 @@ def test_cutout_zeroes_one_clipped_square_with_a_uniform_centre():
     assert abs(holes.any(1)[:, 16].float().mean() - 0.5) < 0.05 and abs(holes.any(1)[:, 0].float().mean() - 0.25) < 0.05
 
 
+def test_cutout_leaves_its_argument_as_it_was():
+    image = torch.ones(3, 8, 8)
+    assert Cutout(4)(image).sum() < image.sum() == 3 * 64
+
+
+def test_digits_are_enlarged_by_linear_interpolation():
+    """Pillow's; to the size that they have, they are not."""
+    image, _ = load("digits", True)[0]
+    about = data.describe("digits")
+    for size in (8, 16):
+        expected = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR), np.float32) / 255
+        x = transform("digits", size)(image) * about.std[0] + about.mean[0]
+        torch.testing.assert_close(x[0], torch.from_numpy(expected))
+
+
 @pytest.mark.parametrize("name, size, side", [("digits", 16, 8), ("imagefolder", 24, 12), ("cifar10", 32, 16)])
 def test_autoaugments_square_is_half_the_image(name, size, side):
     (cut,) = [step for step in transform(name, size, "autoaugment").transforms if isinstance(step, Cutout)]
@@ -270,6 +293,14 @@ def test_what_autoaugment_leaves_out_is_grey_and_what_cutout_takes_is_black():
         assert (x - black[:, None, None]).abs().lt(1e-6).all(0).sum() >= 64
 
 
+def test_autoaugment_sees_the_black_that_the_crop_brings_in(monkeypatch):
+    """As in the authors' code it comes after crop and flip. Here it inverts a white image: its border is white then."""
+    monkeypatch.setattr(v2, "AutoAugment", lambda *args, **kwargs: v2.RandomInvert(1.0))
+    white = Image.new("RGB", (32, 32), "white")
+    shown = torch.stack([transform("cifar10", 32, "autoaugment")(white) for _ in range(20)])
+    assert len(shown.unique()) > 3, "black and white in three channels each"
+
+
 def test_batches_depend_on_seed_and_epoch_alone():
     source, augment = images(50), transform("cifar10", 32, "autoaugment")
 
@@ -282,6 +313,12 @@ def test_batches_depend_on_seed_and_epoch_alone():
     assert first == epoch() == epoch(workers=2)
     assert first != epoch(number=1) and first != epoch(seed=1)
     assert sorted(sum((y for _, y in first), [])) == list(range(50))
+
+
+def test_the_numbers_of_a_seed_are_those_that_the_stored_records_were_made_with():
+    """63 bits of NumPy's SeedSequence, computed once: by another mix no record could be made again."""
+    assert [data.mix(0), data.mix(0, 1), data.mix(3, 2, 1)] == [
+        7896617691693857887, 2918264622725855778, 4404663168949438663]
 
 
 def test_augmentation_leaves_the_global_generator_alone():
@@ -312,6 +349,13 @@ def test_a_folders_fingerprint_sees_a_changed_file(tree):
     assert data.fingerprint(load("imagefolder:pets", True)) != before
 
 
+def test_a_folders_fingerprint_sees_an_image_in_another_class(tree):
+    found = load("imagefolder:pets", True)
+    before = data.fingerprint(found)
+    found.samples = [(path, 1 - label) for path, label in found.samples]
+    assert data.fingerprint(found) != before
+
+
 def as_files(own, samples):
     del own.data
     own.samples, own.root = samples, "/here"
@@ -321,6 +365,7 @@ def as_files(own, samples):
     (lambda d: delattr(d, "data"), "must have .*lacks .samples"), (lambda d: delattr(d, "classes"), "lacks .classes"),
     (lambda d: delattr(d, "targets"), "lacks .targets"), (lambda d: setattr(d, "targets", []), "at least one image"),
     (lambda d: setattr(d, "classes", ["a"]), "whole numbers below 1, .* but are 0, 9"),
+    (lambda d: setattr(d, "classes", list("123456789")), "whole numbers below 9, .* but are 0, 9"),
     (lambda d: setattr(d, "targets", [str(k) for k in d.targets]), "whole numbers below 10"),
     (lambda d: setattr(d, "targets", [k - 1 for k in d.targets]), "but are -1, 8"),
     (lambda d: setattr(d, "data", [object()] * len(d.targets)), "an array of numbers"),

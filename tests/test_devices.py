@@ -27,6 +27,7 @@ def two_gpus(monkeypatch, tmp_path):
         yield
         made.append("before")
     monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: made.append("emptied"))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     return made
 
@@ -39,9 +40,18 @@ def test_each_run_takes_a_gpu_that_no_other_has(two_gpus):
     with ExitStack() as first, ExitStack() as second, ExitStack() as third:
         assert [str(choose(None, held)) for held in (first, second, third)] == ["cuda:0", "cuda:1", "cuda:0"]
         second.close()
-        assert two_gpus == ["cuda:0", "cuda:1", "cuda:0", "before"]
+        assert two_gpus == ["cuda:0", "cuda:1", "cuda:0", "emptied", "before"]
         with ExitStack() as fourth:
             assert str(choose("cuda", fourth)) == "cuda:1"
+
+
+def test_another_users_file_is_not_opened(two_gpus, monkeypatch):
+    """It could not be, whether or not that user is still there."""
+    with ExitStack() as mine, ExitStack() as theirs:
+        monkeypatch.setattr("os.getuid", lambda: 1001)
+        assert str(choose(None, theirs)) == "cuda:0"
+        monkeypatch.setattr("os.getuid", lambda: 1002)
+        assert str(choose(None, mine)) == "cuda:0"
 
 
 def test_a_gpu_that_is_named_is_taken(two_gpus):

@@ -1,5 +1,6 @@
 """Two processes train one run: gloo on the CPU, against one process."""
 
+import copy
 import json
 import os
 import signal
@@ -186,3 +187,37 @@ def test_running_statistics_are_the_mean_of_what_each_microbatch_leaves():
     var = sum(0.9 + 0.1 * part.var((0, 2, 3)) for part in parts) / 3
     torch.testing.assert_close(norm.running_mean, mean)
     torch.testing.assert_close(norm.running_var, var)
+    assert norm.num_batches_tracked == 1, "the parts of one batch"
+
+
+def test_a_batch_of_as_many_images_as_processes_and_a_microbatch_for_one_of_them_are_enough(root):
+    for config in (SMALL.but(train_images=34, epochs=1), SMALL.but(train_images=33, microbatch=16, epochs=1)):
+        (_, _, first), (_, _, second) = pair(root, config)
+        assert isinstance(first, Record) and first == second, first
+
+
+def test_a_gradient_that_some_process_has_is_summed_and_one_that_none_has_stays_none(monkeypatch):
+    """SGD leaves alone what has none, and decays the weights of what has a zero."""
+    theirs = [torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.0, 7.0])]  # they have the second parameter's
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, group=None: x.add_(theirs.pop(0)))
+    network = nn.ParameterList([nn.Parameter(torch.zeros(1)) for _ in range(3)])
+    network[0].grad = torch.tensor([3.0])
+    Peers(0, 2).sum_gradients(network)
+    assert [p.grad for p in network] == [3.0, 7.0, None]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_bn_over_two_processes_that_see_the_same_images_is_bn_over_these_twice(monkeypatch, kind):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, group=None: x.mul_(2))
+    norm = nn.BatchNorm2d(3, eps=0.5, momentum=0.3)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x, gradient, found = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5), []
+    (here,) = Peers(0, 2).synchronise(nn.Sequential(copy.deepcopy(norm)), CPU)
+    for layer, times in ((here, 1), (norm, 2)):
+        images = torch.cat([x] * times).to(kind).requires_grad_()
+        out = layer(images)
+        out.backward(torch.cat([gradient] * times).to(kind))
+        found.append((out[:4], images.grad[:4], 2 / times * layer.weight.grad, *layer.buffers()))
+        assert out.dtype == kind
+    torch.testing.assert_close(found[0], found[1], **({} if kind == torch.float32 else dict(rtol=0.02, atol=0.02)))

@@ -324,6 +324,13 @@ def test_the_augmentations_by_what_they_keep():
         "RandomHorizontalFlip", "Roll", "RandomRotation", "Cutout"] and not frames.augmentation("none", 34)
 
 
+def test_a_roll_goes_as_far_either_way():
+    x = torch.zeros(1, 1, 7, 9)
+    x[..., 3, 4] = 1
+    found = {tuple((frames.Roll(1)(x)[0, 0].nonzero()[0] - torch.tensor([3, 4])).tolist()) for _ in range(200)}
+    assert found == {(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)}
+
+
 def test_rotation_is_by_up_to_fifteen_degrees_either_way():
     x = torch.zeros(1, 2, 61, 61)
     x[..., 29:32, 53:56] = 1  # a spot 24 pixels to the right of the centre

@@ -1,5 +1,9 @@
+import contextlib
 import gc
+import queue
+import types
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -279,6 +283,56 @@ def test_several_gpus_train_as_many_runs_at_once(monkeypatch):
     for runs, jobs in ((5, 3), (2, 2)):
         with pytest.raises(Started, match=f"^{jobs}$"):
             list(runner._outcomes([Config(seed=seed) for seed in range(runs)], print, False))
+
+
+def test_as_many_runs_at_once_as_their_threads_have_cores(monkeypatch):
+    class Started(Exception):
+        pass
+
+    def pool(jobs, *_):
+        raise Started(jobs)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", pool)
+    with pytest.raises(Started, match="^2$"):
+        list(runner._outcomes([Config(seed=seed, threads=3) for seed in range(5)], print, False))
+
+
+def test_several_at_once_are_told_whether_their_networks_are_needed(monkeypatch):
+    """In threads here, in place of processes."""
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, jobs, *_):
+            super().__init__(jobs)
+
+    manager = contextlib.nullcontext(types.SimpleNamespace(Queue=queue.Queue))
+    monkeypatch.setattr(runner, "get_context", lambda _: types.SimpleNamespace(Manager=lambda: manager))
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(runner.devices, "cores", lambda: 2)
+    monkeypatch.setattr(runner, "run", lambda config, network, log: (config.seed, network))
+    for needed in (True, False):
+        found = list(runner._outcomes([Config(seed=seed) for seed in range(3)], print, needed))
+        assert sorted(outcome for _, outcome in found) == [(0, needed), (1, needed), (2, needed)]
+        assert all(config.seed == seed for config, (seed, _) in found)
+
+
+def test_the_first_failure_is_raised_and_all_are_logged(monkeypatch):
+    def fails(config, network, log):
+        raise RuntimeError(f"seed {config.seed} cannot")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    monkeypatch.setattr(runner, "run", fails)
+    lines = []
+    with pytest.raises(RuntimeError, match="^seed 0 cannot$"):
+        run_all([Config(seed=seed, **TINY) for seed in range(3)], log=lines.append)
+    said = [line.partition("failed: ")[2] for line in lines if "failed" in line]
+    assert said == ["seed 0 cannot", "seed 1 cannot", "seed 2 cannot"]
+
+
+def test_what_is_no_data_set_is_said_once_and_starts_no_run(monkeypatch):
+    lines = []
+    monkeypatch.setattr(runner, "run", lambda *args, **kwargs: pytest.fail("started"))
+    with pytest.raises(records.DataError, match="looked for in .*nowhere"):
+        run_all([Config(dataset="imagefolder:nowhere", seed=seed, **TINY) for seed in range(3)], log=lines.append)
+    assert not lines
 
 
 def test_a_run_that_is_asked_for_twice_is_made_once():

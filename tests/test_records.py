@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import time
+from datetime import datetime, timedelta, timezone
 from functools import partial
 from pathlib import Path
 
 import faults
 import numpy as np
 import pytest
+import torch
 from faults import PROCESSES, SMALL, apart, epochs_of
 
 from staa import records
@@ -41,6 +43,30 @@ def test_a_record_comes_back_as_it_was_and_its_accuracy_is_the_last_epochs(tmp_p
     again = Record.load(tmp_path / "new" / "record.json")
     assert again == record and again.accuracy == 91.26
     assert os.listdir(tmp_path / "new") == ["record.json"]
+
+
+def test_a_file_may_be_read_by_others(tmp_path):
+    """As what `open` writes, and not as a temporary file."""
+    write(tmp_path / "file", b"new")
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_record_is_json_for_every_reader(tmp_path):
+    """Which has no NaN."""
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        a_record(float("nan")).save(tmp_path / "record.json")
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_a_record_tells_when_it_was_finished_in_utc(monkeypatch):
+    monkeypatch.setenv("TZ", "WEST+5")
+    time.tzset()
+    try:
+        told = records.provenance(torch.device("cpu"), [[1.0, 2.0]], "", 1)["finished"]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert abs(datetime.now(timezone.utc) - datetime.fromisoformat(told)) < timedelta(minutes=5)
 
 
 DAMAGE = {

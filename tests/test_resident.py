@@ -143,6 +143,41 @@ def test_a_run_takes_its_batches_from_the_device(monkeypatch):
     torch.testing.assert_close(plain, torch.stack([view(dataset)[i][0] for i in range(10)]))
 
 
+def test_a_run_keeps_its_sets_apart_and_of_each_the_chosen_images(monkeypatch):
+    monkeypatch.setattr(resident, "fits", lambda *_: True)
+    load = resident.Loader(Config(dataset="cifar10", batch_size=4), CPU, 0, Peers())
+    training, tests = Noise(10), Noise(70)
+    tests.data = 255 - tests.data
+    for dataset, chosen in ((training, [7, 2, 5]), (tests, range(70))):
+        own = data.View(dataset, chosen, data.transform("cifar10", 32))
+        found = list(load(own, "none", shuffle=False))
+        expected = torch.stack([own[i][0] for i in range(len(chosen))])
+        torch.testing.assert_close(torch.cat([x for x, _ in found]), expected)
+        assert torch.cat([y for _, y in found]).tolist() == list(chosen)
+    assert [len(y) for _, y in found] == [64, 6], "evaluated in larger batches than it is trained in"
+
+
+def test_a_runs_order_is_its_seeds(monkeypatch):
+    monkeypatch.setattr(resident, "fits", lambda *_: True)
+    load = resident.Loader(Config(dataset="cifar10", batch_size=20), CPU, 0, Peers())
+    dataset = Noise(20)
+    orders = [next(iter(load(view(dataset, seed=seed), "none", shuffle=True)))[1].tolist() for seed in (0, 1, 0)]
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_a_batch_may_be_larger_than_what_is_augmented_at_once(monkeypatch):
+    monkeypatch.setattr(resident, "CHUNK", 4)
+    assert epoch(Noise(10), batch_size=7)[1].tolist() == list(range(10))
+
+
+def test_autoaugment_sees_the_black_that_the_crop_brings_in(monkeypatch):
+    """Here it inverts white images, whose borders are white then."""
+    monkeypatch.setattr(resident, "auto_augment", lambda x, draw: 255 - x)
+    dataset = Noise(20)
+    dataset.data[:] = 255
+    assert len(epoch(dataset, "autoaugment")[0].unique()) > 3, "black and white in three channels each"
+
+
 def test_what_does_not_fit_goes_the_other_way(monkeypatch):
     gpu, dataset, cifar = torch.device("cuda"), Noise(4), Config(dataset="cifar10")
     assert resident.fits(view(dataset), cifar, "standard", gpu)
@@ -153,6 +188,9 @@ def test_what_does_not_fit_goes_the_other_way(monkeypatch):
     large = Noise(4)
     large.data = large.data.repeat(2, 1).repeat(2, 2)
     assert not resident.fits(view(large), cifar, "none", gpu), "it would train at 64 pixels what the config has at 32"
+    real = Noise(4)
+    real.data = real.data / 255
+    assert not resident.fits(view(real), cifar, "none", gpu), "numbers from 0 to 1 are not those of pixels"
     about = data.About(3, 0, (0.5,) * 3, (0.5,) * 3, open=lambda train, root: dataset)
     monkeypatch.setitem(data.DATASETS, "mine", about)
     assert not resident.fits(view(dataset), Config(dataset="mine"), "none", gpu), "its items need not be its array"

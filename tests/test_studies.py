@@ -223,9 +223,12 @@ def test_the_tree_of_images_is_the_digits():
     assert sorted(p.name for p in root.iterdir()) == ["train", "val"]
     train, val, digits = load("imagefolder:few", True), load("imagefolder:few", False), load("digits", True)
     assert (len(train), len(val)) == (30, 20) and train.classes == digits.classes
-    path, label = train.samples[7]
-    truth = digits[int(path[-8:-4])][0].convert("RGB").resize((64, 64))
-    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(truth)) and digits.targets[int(path[-8:-4])] == label
+    for images, source, count in ((train, digits, 3), (val, load("digits", False), 2)):
+        first = {(i, k) for k in range(10) for i in [i for i, label in enumerate(source.targets) if label == k][:count]}
+        assert {(int(path[-8:-4]), label) for path, label in images.samples} == first
+        path, _ = images.samples[-1]
+        truth = source[int(path[-8:-4])][0].convert("RGB").resize((64, 64))
+        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(truth))
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
     assert samples.digit_images("few") == root and before == {p: p.stat().st_mtime_ns for p in root.rglob("*")}
     assert {p.name for p in root.parent.iterdir()} == {"few", ".few.lock"}, "nothing half-made is left"

@@ -1,5 +1,6 @@
 """The training loop against arithmetic by hand, and runs that are killed, doubled or damaged."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -62,11 +63,48 @@ def interrupted(epoch, config=SMALL):
 def test_what_a_killed_process_was_about_to_write_goes(root):
     """It bears a name of its own each time, and a checkpoint of a wide network is large."""
     place(root).mkdir(parents=True)
-    for name in (".checkpoint.pt.k2x7", ".record.json.9abc", ".mine"):
+    for name in (".checkpoint.pt.k2x7", ".record.json.9abc", ".weights.safetensors.a", ".weights.pt.b", ".mine"):
         (place(root) / name).write_bytes(b"half")
     (place(root) / ".ipynb_checkpoints").mkdir()
     quiet(SMALL)
     assert sorted(os.listdir(place(root))) == [".ipynb_checkpoints", ".mine", "lock", "record.json", "weights.safetensors"]
+
+
+def test_a_record_names_the_code_that_trained_it(monkeypatch):
+    """The checkout may move on in the meantime."""
+    head = ["loaded"]
+    monkeypatch.setattr(records, "commit", lambda: head[0])
+    record = run(SMALL.but(epochs=1), device="cpu", workers=0, log=lambda line: head.insert(0, "later"))
+    assert record.provenance["commit"] == "loaded"
+
+
+@pytest.mark.parametrize("device, dataset, images, processes, workers", [
+    ("cuda", "digits", 5_000, 1, 8), ("cuda", "digits", 4_999, 1, 0), ("cuda", "digits", 5_000, 4, 3),
+    ("cuda", "digits-dvs", 500, 1, 8), ("cuda", "digits-dvs", 499, 1, 0), ("cpu", "digits", 5_000, 1, 0)])
+def test_processes_load_data_for_a_gpu_that_sees_many_images(monkeypatch, device, dataset, images, processes, workers):
+    """On a machine of twelve cores that is said to have a GPU; the processes of torchrun share them."""
+    class Many(list):
+        targets, classes = [0] * images, ["a"]
+
+    class Network(nn.Linear):
+        def to(self, *args, **kwargs):
+            return self
+
+    class Seen(Exception):
+        pass
+
+    def loader(config, device, workers, peers):
+        raise Seen(workers)
+
+    monkeypatch.setattr(train.data, "load_for", lambda *args: Many(range(images)))
+    monkeypatch.setattr(train.devices, "cores", lambda: 12)
+    monkeypatch.setattr(train, "new_network", lambda *args: Network(1, 1))
+    monkeypatch.setattr(train, "own_state", lambda *args: contextlib.nullcontext())
+    monkeypatch.setattr(train, "Loader", loader)
+    if processes > 1:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    with pytest.raises(Seen, match=f"^{workers}$"):
+        train._train(Config(dataset=dataset), place(records.ROOT), torch.device(device), None, print, train.ALONE)
 
 
 # --- the same config, the same outcome ---

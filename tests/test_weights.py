@@ -214,7 +214,7 @@ def test_a_folder_whose_parts_disagree_is_refused(tmp_path, network):
     (tmp_path / "config.json").write_text("{")
     refused(lambda: staa.from_pretrained(tmp_path), "config.json is damaged")
     (tmp_path / "config.json").unlink()
-    refused(lambda: staa.from_pretrained(tmp_path), "config.json")
+    refused(lambda: staa.from_pretrained(tmp_path), "config.json is not there; get or make it again")
     (tmp_path / "model.safetensors").unlink()
     refused(lambda: staa.from_pretrained(tmp_path), "there is no weights file")
 
@@ -231,6 +231,8 @@ def test_a_setting_changed_by_hand_is_not_lost_in_silence(tmp_path, network):
     name, neuron = list(staa.neurons(network).items())[1]
     neuron.v_th = 0.5
     refused(lambda: staa.save_pretrained(network, tmp_path), f"{name} has v_th = 0.5, and its config makes it 1.0")
+    neuron.v_th, network.T = 1.0, 3
+    refused(lambda: staa.save_pretrained(network, tmp_path), "has T = 3, and its config makes it 2")
 
 
 def test_a_compiled_network_is_saved_as_what_it_was_made_of(tmp_path, network):
@@ -275,6 +277,20 @@ def test_a_revision_of_a_repository_is_that_one_and_not_the_newest(tmp_path, net
     for revision, bias in ((None, 0.0), ("v1", 1.0), ("1" * 40, 1.0), ("main", 0.0)):
         assert staa.from_pretrained("someone/staa", revision=revision).head.bias.tolist() == [bias] * 7
     refused(lambda: staa.from_pretrained("someone/staa", revision="v2"), "the hub gave no such repository")
+
+
+def test_of_a_repository_two_files_are_downloaded_and_no_more(tmp_path, network, monkeypatch):
+    """It may hold years of checkpoints."""
+    import huggingface_hub
+
+    def download(repository, *, revision, allow_patterns):
+        assert (repository, revision) == ("someone/staa", "v1")
+        staa.save_pretrained(network, tmp_path)
+        assert sorted(allow_patterns) == sorted(p.name for p in tmp_path.iterdir() if p.name != "records")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert torch.equal(logits(staa.from_pretrained("someone/staa", revision="v1")), logits(network))
 
 
 def test_without_huggingface_hub_one_sentence(tmp_path, monkeypatch):
