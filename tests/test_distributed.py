@@ -119,7 +119,7 @@ def test_torchrun_ends_with_a_killed_process_and_then_goes_on(root):
     while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.time() < deadline:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert epochs_of(done.stdout.splitlines()) == [2] and done.stdout.count(config.name) == 1
 
@@ -151,7 +151,7 @@ def test_an_item_on_embedded_images_needs_no_preparation(root):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
                "staa.items", "train", "table2", "network=resnet18", "neuron=lif", "epochs=1", "width=0.03125",
                "train_images=32"]
-    done = subprocess.run(command, capture_output=True, text=True,
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
 
