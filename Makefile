@@ -2,6 +2,7 @@
 BIN := .venv/bin
 READY := .venv/.ready
 NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/*.ipynb)))
+RUNS := $(or $(STAA_RUNS),runs)
 CORE := neuron attention fused gpu torch_tools networks by_hand memory resident synchronisation train
 
 .DEFAULT_GOAL := help
@@ -23,8 +24,8 @@ $(READY): requirements.txt pyproject.toml
 	@touch $@
 
 $(NOTEBOOKS): $(READY)
-	@mkdir -p runs
-	$(BIN)/papermill --cwd notebooks --log-output --no-progress-bar notebooks/$@.ipynb runs/$@.ipynb $(ARGS)
+	@mkdir -p "$(RUNS)"
+	JUPYTER_PATH= $(BIN)/papermill --cwd notebooks --log-output --no-progress-bar notebooks/$@.ipynb "$(RUNS)/$@.ipynb" $(ARGS)
 
 all: $(READY)    ## every table and figure on the embedded data, and figures/index.html with all of them
 	$(BIN)/python -m staa.page

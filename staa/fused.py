@@ -56,7 +56,8 @@ def compiler(device: str) -> bool:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
         return True
     except Exception as error:
-        warnings.warn(f"torch.compile does not work here ({reason(error)}): the neurons run without it, more slowly.")
+        why = f"the path of torch has a space, {torch.__path__[0]}" if " " in torch.__path__[0] else reason(error)
+        warnings.warn(f"torch.compile does not work here ({why}): the neurons run without it, more slowly.")
         return False
 
 

@@ -74,7 +74,7 @@ class Item:
 
 def source(name: str, tag: str = "") -> str:
     """The first cell of a notebook, or the one with this tag."""
-    cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
+    cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text("utf-8"))["cells"]
     return "".join(next((c["source"] for c in cells if not tag or tag in c["metadata"].get("tags", [])), ""))
 
 
@@ -107,7 +107,8 @@ def execute(item: Item) -> str:
         executed = Path(folder) / item.output.name
         command = [sys.executable, "-m", "papermill", "--cwd", str(NOTEBOOKS), "--no-progress-bar",
                    str(NOTEBOOKS / f"{item.name}.ipynb"), str(executed)]
-        alone = os.environ | {"OMP_NUM_THREADS": "1"}  # as many are executed at once as there are cores
+        # As many are executed at once as there are cores. JUPYTER_PATH could name another Python's kernel.
+        alone = os.environ | {"OMP_NUM_THREADS": "1", "JUPYTER_PATH": ""}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
         if done.returncode:
             return f"{item.name} failed: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}"
@@ -130,7 +131,7 @@ def page(found: list[Item]) -> str:
     for item in found:
         body = [f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
                 for path in sorted(figures.glob("*.png")) if owner(path) == item.name]
-        body += [f'<div class="wide">{path.read_text()}</div>'
+        body += [f'<div class="wide">{path.read_text("utf-8")}</div>'
                  for path in sorted(figures.glob("*.html")) if owner(path) == item.name]
         parts.append(f'<section id="{item.name}"><h2>{html.escape(item.title)}</h2>\n<p class="cost">make {item.name}: '
                      f'{html.escape(item.cost)}</p>\n' + "\n".join(body or ["<p>Not made yet.</p>"]) + "</section>")

@@ -31,6 +31,7 @@ MARKERS = {"lif": "o-", "staa": "s--", "fsta": "^-.", "statten": "d:"}
 
 def style() -> None:
     """Set matplotlib for the figures of the paper: fonts of a CVPR column, embedded as text, no random ids."""
+    mpl.rcdefaults()  # a matplotlibrc of the reader's changes no figure
     sns.set_theme(context="paper", style="ticks", palette="colorblind")
     mpl.rcParams.update({
         "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,

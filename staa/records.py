@@ -48,11 +48,12 @@ class DataError(Error, RuntimeError):
 
 def folder(kind: str) -> Path:
     """A folder by kind: "runs" (or STAA_RUNS), "figures" (STAA_FIGURES), "data" (data/sets, or STAA_DATA), "records",
-    "networks", "paper". In a checkout they are the project's, elsewhere they lie in the current folder."""
+    "networks", "paper". In a checkout they are the project's, elsewhere they lie in the current folder; from there a
+    relative path counts, too: a notebook's current folder is another one than its maker's."""
     home = ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()
     default = {"runs": "runs", "figures": "figures", "data": "data/sets", "records": "data/records",
                "networks": "data/networks", "paper": "data/paper"}[kind]
-    return Path(os.environ.get(f"STAA_{kind.upper()}") or home / default).expanduser()
+    return home / Path(os.environ.get(f"STAA_{kind.upper()}") or default).expanduser()
 
 
 def require(package: str, what: str) -> None:
@@ -140,7 +141,8 @@ def provenance(device, seconds: list[list], code: str, processes: int) -> dict:
 def commit() -> str:
     """The project's git commit, with "+" where files differ from it; empty outside its own checkout."""
     def git(*words):
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+        own = ["-c", f"safe.directory={ROOT}"]  # also where the checkout is another user's, as in a container
+        return subprocess.run(["git", *own, "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
     try:
         if Path(git("rev-parse", "--show-toplevel") or "/") != ROOT:  # installed somewhere in another's repository
             return ""

@@ -1,10 +1,11 @@
 """Running many runs: what has a record is read, the rest is trained, as many at once as the machine allows."""
 
-import queue
+import os
 import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from traceback import clear_frames
 
 import torch
@@ -58,28 +59,42 @@ def _outcomes(configs, log, networks):
             yield config, attempt(config, log, networks)
         return
     context = get_context("spawn")
-    with context.Manager() as manager:
-        lines = manager.Queue()
-        # Ctrl-C reaches every process: those that train end at once and in silence, and this one says so.
-        with ProcessPoolExecutor(jobs, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
-            # Longest first, so that no core is left with a long run at the end.
-            order = sorted(configs, key=lambda c: c.epochs * c.T * (1 + (c.network == "resnet19")), reverse=True)
-            pending = {pool.submit(attempt, config, lines.put, networks): config for config in order}
-            while pending:
-                done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                while True:
-                    try:
-                        log(lines.get_nowait())
-                    except queue.Empty:
-                        break
-                for future in done:
-                    yield pending.pop(future), future.exception() or future.result()
+    lines = context.SimpleQueue()
+    with ProcessPoolExecutor(jobs, context, begin, (lines,)) as pool:
+        # Longest first, so that no core is left with a long run at the end.
+        order = sorted(configs, key=lambda c: c.epochs * c.T * (1 + (c.network == "resnet19")), reverse=True)
+        pending = {pool.submit(attempt, config, None, networks): config for config in order}
+        while pending:
+            done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            while not lines.empty():
+                log(lines.get())
+            for future in done:
+                yield pending.pop(future), future.exception() or future.result()
 
 
-def attempt(config: Config, log, network: bool = False) -> Record | Exception:
-    """The record, or what the run failed with."""
+#: The log of a process that trains: the way to the one that started it.
+_log: Callable[[str], None] = print
+
+
+def begin(lines) -> None:
+    """First in a process that trains. Ctrl-C reaches every process: those that train end at once and in silence, and
+    the one that started them says so. Where that one is killed, or its terminal closed, none trains on unseen."""
+    global _log
+    _log = lines.put
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)
+
+
+def attempt(config: Config, log: Callable[[str], None] | None, network: bool = False) -> Record | Exception:
+    """The record, or what the run failed with. log: None in a process of its own, see `begin`."""
     try:
-        return run(config, network=network, log=log)
+        return run(config, network=network, log=log or _log)
     except Exception as error:  # whatever it is, it does not stop the others
         cause: BaseException | None = error
         while cause:  # its frames hold the network and its activations: a GPU has no room for the next run beside them

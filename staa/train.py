@@ -89,6 +89,9 @@ def one_sentence(config: Config) -> Iterator[None]:
         if "more than 1 value per channel" in lines[0]:
             raise TrainingError(f"in the last batch of {config} BN sees one value a channel, which has no variance; "
                                 "choose another batch_size, microbatch or train_images.") from None
+        if "DefaultCPUAllocator" in lines[0]:
+            raise TrainingError(f"the memory has no room for {config}; choose a smaller batch_size or a microbatch."
+                                ) from None
         if lines[0].startswith("DataLoader worker"):
             raise TrainingError(f"a process that loads data for {config} was killed, perhaps because memory was short; "
                                 "start the run again, and it goes on after its last whole epoch.") from None
@@ -282,6 +285,9 @@ def command(main: Callable[[list[str]], int | None]) -> None:
         sys.exit(main(sys.argv[1:]))
     except Error as error:
         sys.exit(f"staa: {error}")
+    except BrokenPipeError:  # what read the output has ended, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it flushes
+        sys.exit(141)
     except KeyboardInterrupt:
         print("staa: interrupted; a run goes on after its last whole epoch when it is started again.", file=sys.stderr)
         sys.exit(130)

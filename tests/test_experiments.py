@@ -1,9 +1,12 @@
-import contextlib
 import gc
 import queue
+import subprocess
+import sys
+import time
 import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -301,11 +304,16 @@ def test_as_many_runs_at_once_as_their_threads_have_cores(monkeypatch):
 def test_several_at_once_are_told_whether_their_networks_are_needed(monkeypatch):
     """In threads here, in place of processes."""
     class Pool(ThreadPoolExecutor):
-        def __init__(self, jobs, *_):
+        def __init__(self, jobs, context, begin, arguments):
             super().__init__(jobs)
+            assert begin is runner.begin and not arguments[0].get()
 
-    manager = contextlib.nullcontext(types.SimpleNamespace(Queue=queue.Queue))
-    monkeypatch.setattr(runner, "get_context", lambda _: types.SimpleNamespace(Manager=lambda: manager))
+    def queue_of_lines():
+        lines = queue.SimpleQueue()
+        lines.put("")
+        return lines
+
+    monkeypatch.setattr(runner, "get_context", lambda _: types.SimpleNamespace(SimpleQueue=queue_of_lines))
     monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(runner.devices, "cores", lambda: 2)
     monkeypatch.setattr(runner, "run", lambda config, network, log: (config.seed, network))
@@ -313,6 +321,34 @@ def test_several_at_once_are_told_whether_their_networks_are_needed(monkeypatch)
         found = list(runner._outcomes([Config(seed=seed) for seed in range(3)], print, needed))
         assert sorted(outcome for _, outcome in found) == [(0, needed), (1, needed), (2, needed)]
         assert all(config.seed == seed for config, (seed, _) in found)
+
+
+def test_where_the_process_that_started_them_is_killed_none_trains_on(tmp_path):
+    """The terminal is closed, or a notebook's kernel killed: they would hold their runs for ever."""
+    script = tmp_path / "start.py"
+    script.write_text("""
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from staa import runner
+
+if __name__ == "__main__":
+    context = get_context("spawn")
+    lines = context.SimpleQueue()
+    with ProcessPoolExecutor(1, context, runner.begin, (lines,)) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600)
+        time.sleep(600)
+""")
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as started:
+        child = Path("/proc") / started.stdout.readline().strip()
+        assert child.is_dir()
+        started.kill()
+    for _ in range(200):
+        if not child.exists() or "State:\tZ" in (child / "status").read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail("it is still there after 20 seconds")
 
 
 def test_the_first_failure_is_raised_and_all_are_logged(monkeypatch):

@@ -511,6 +511,17 @@ def test_a_gpu_without_room_ends_the_run_in_one_sentence(root, monkeypatch):
     assert one_sentence(caught, "microbatch")
 
 
+def test_a_cpu_without_room_ends_the_run_in_one_sentence(root, monkeypatch):
+    """With torch's own words."""
+    def no_room(*_):
+        torch.empty(2 ** 58)
+
+    with monkeypatch.context() as patched, pytest.raises(TrainingError, match="memory has no room .* batch_size") as caught:
+        patched.setattr(train, "gradient", no_room)
+        train.run(SMALL.but(epochs=1), device="cpu", workers=0, log=lambda line: None)
+    assert one_sentence(caught, "microbatch")
+
+
 # --- a loss that is no number ---
 
 @pytest.mark.parametrize("microbatch", [0, 5])

@@ -22,3 +22,13 @@ def test_colours_differ_in_greyscale():
     shades = sorted(sum(w * c for w, c in zip((0.299, 0.587, 0.114), to_rgb(plots.COLORS[name])))
                     for name in ("lif", "staa", "fsta", "statten"))
     assert all(b - a > 0.03 for a, b in zip(shades, shades[1:]))
+
+
+def test_a_matplotlibrc_of_the_readers_changes_no_figure():
+    import matplotlib as mpl
+
+    plots.style()
+    ours = dict(mpl.rcParams)
+    with mpl.rc_context({"text.usetex": True, "lines.marker": "x", "savefig.bbox": "tight"}):
+        plots.style()
+        assert dict(mpl.rcParams) == ours

@@ -302,3 +302,11 @@ def test_a_reader_sees_one_whole_version_while_many_write(tmp_path):
     assert [writer.exitcode for writer in writers] == [0] * 8 and len(seen) > 1
     assert path.read_bytes() in {version(k, 19) for k in range(8)}, "the last to write wrote its last"
     assert sorted(os.listdir(tmp_path)) == ["data", "file"]
+
+
+def test_a_relative_folder_is_the_same_from_everywhere(monkeypatch, tmp_path):
+    """A notebook's current folder is its own."""
+    monkeypatch.setenv("STAA_RUNS", "elsewhere/runs")
+    here = records.folder("runs")
+    monkeypatch.chdir(tmp_path)
+    assert records.folder("runs") == here == records.ROOT / "elsewhere" / "runs"

@@ -519,3 +519,13 @@ def test_a_command_shows_a_bug_as_a_bug(monkeypatch, capsys):
 def test_a_device_without_numbers_is_refused():
     with pytest.raises(train.TrainingError, match="device must be cpu, or cuda where there is a GPU, got 'meta'"):
         train.run(Config(), device="meta")
+
+
+def test_what_stops_reading_the_output_ends_the_command_in_silence():
+    """As `head` does."""
+    with subprocess.Popen([sys.executable, "-c", "from staa import train\n"
+                           "def main(words):\n    while True:\n        print('a line' * 1000)\ntrain.command(main)"],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        started.stdout.readline()
+        started.stdout.close()
+        assert started.wait(60) == 141 and not started.stderr.read()

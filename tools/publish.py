@@ -106,7 +106,7 @@ def notebooks(found: list[page.Item]) -> None:
         text = re.sub("<title>.*?</title>", lambda _: f"<title>{html.escape(item.title)}</title>", text, count=1)
         back = '<p><a href="../index.html">All notebooks</a></p>'
         text = re.sub("<body.*?>", lambda body: body[0] + back, text, count=1)
-        (folder / f"{item.name}.html").write_text(text)
+        (folder / f"{item.name}.html").write_text(text, "utf-8")
 
 
 def front(found: list[page.Item]) -> None:
