@@ -52,7 +52,7 @@ def figure5(series: Series) -> Figure:
         counted = {float(r): number(found[0]) for r, found in rows.items()}
         cost.plot(list(counted), [100 * n / counted.get(4.0, max(counted.values())) - 100 for n in counted.values()],
                   line, ms=3.5, lw=0.9, color=COLORS["ann"], label=label)
-    cost.set(xlabel="scaling coefficient r of GC", ylabel="cost against r = 4, %", xscale="log")
+    cost.set(xlabel="scaling coefficient r of GC", ylabel="cost against\nr = 4, %", xscale="log")
     cost.legend()
     cost.set_xticks(ticks := [1, 2, 4, 8, 16], [str(r) for r in ticks])
     cost.minorticks_off()
