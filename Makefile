@@ -2,7 +2,7 @@
 BIN := .venv/bin
 READY := .venv/.ready
 NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/*.ipynb)))
-RUNS := $(or $(STAA_RUNS),runs)
+RUNS := $(patsubst ~/%,$(HOME)/%,$(or $(STAA_RUNS),runs))
 CORE := neuron attention fused gpu torch_tools networks by_hand memory resident synchronisation train
 
 .DEFAULT_GOAL := help

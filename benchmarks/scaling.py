@@ -5,6 +5,7 @@ and the plot beside it.
 """
 
 import argparse
+from collections.abc import Iterator
 
 import matplotlib.pyplot as plt
 import torch
@@ -21,8 +22,8 @@ LINES = {"SpikingJelly": (plots.COLORS["ann"], "v:"), "LIF": (plots.COLORS["lif"
          "STAA": (plots.COLORS["staa"], "s--")}
 
 
-def measure(device: torch.device, rounds: int):
-    """What is found after each axis."""
+def measure(device: torch.device, rounds: int) -> Iterator[dict]:
+    """Yields what is found so far, after each axis."""
     found = {}
     for axis, values in AXES.items():
         found[axis] = {}

@@ -7,7 +7,9 @@ current is channels-last, as inside a network. Where it was cut off, the next ca
 """
 
 import argparse
+import hashlib
 import json
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -199,6 +201,12 @@ def write_part(found: dict):
     records.write(PART, json.dumps(found).encode())
 
 
+def code() -> str:
+    """Of the files that measure and that are measured."""
+    files = sorted([*Path(staa.__file__).parent.glob("*.py"), *HERE.glob("*.py")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
 def begun(about) -> dict:
     """What an earlier call under the same conditions measured before it was ended."""
     found = json.loads(PART.read_text()) if PART.exists() else {}
@@ -242,7 +250,7 @@ def rows(found: dict) -> list[tuple[str, float, str, bool]]:
 
 
 def main(device: torch.device, rounds: int):
-    found = begun({"machine": machine(device, "spikingjelly", "snntorch", "norse"), "commit": records.commit(),
+    found = begun({"machine": machine(device, "spikingjelly", "snntorch", "norse"), "code": code(),
                    "rounds": rounds, "unit": "ms"})
     for dtype in TYPES[device.type]:
         for shape in SHAPES[device.type]:

@@ -50,7 +50,7 @@ class DCT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, 2 * ((self.k - 1) // 2, self.k // 2))
-        if fused.on_gpu(x):  # where `unfold` starts a kernel for each image
+        if fused.on_gpu(x):  # where `unfold` starts a kernel an image; TF32, as torch's default is
             return F.conv2d(x, self.basis.unflatten(1, (1, self.k, self.k)))
         windows = F.unfold(x, self.k)                                                   # (B, k*k, HW)
         y = torch.bmm(self.basis.expand(x.shape[0], -1, -1), windows)

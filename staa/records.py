@@ -141,7 +141,7 @@ def provenance(device, seconds: list[list], code: str, processes: int) -> dict:
 def commit() -> str:
     """The project's git commit, with "+" where files differ from it; empty outside its own checkout."""
     def git(*words):
-        own = ["-c", f"safe.directory={ROOT}"]  # also where the checkout is another user's, as in a container
+        own = ["-c", f"safe.directory={ROOT}"]  # also where it is another user's, if git is 2.38 or newer
         return subprocess.run(["git", *own, "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
     try:
         if Path(git("rev-parse", "--show-toplevel") or "/") != ROOT:  # installed somewhere in another's repository

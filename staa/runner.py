@@ -3,9 +3,10 @@
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import get_context, parent_process
+from contextlib import closing, contextmanager
+from multiprocessing import active_children, get_context, parent_process
 from traceback import clear_frames
 
 import torch
@@ -38,13 +39,14 @@ def run_all(configs: list[Config], *, networks: bool = False, log: Callable[[str
         data.load(dataset, train=True)  # one clear sentence now rather than one from every run
     log(bar(len(found), len(once), "complete before" if found else ""))
     failures = []
-    for config, outcome in _outcomes(missing, log, networks):
-        if isinstance(outcome, Exception):
-            failures.append(outcome)
-            log(f"{config}: failed: {outcome}")
-        else:
-            found[config] = outcome
-            log(bar(len(found), len(once), str(config)))
+    with closing(_outcomes(missing, log, networks)) as outcomes:
+        for config, outcome in outcomes:
+            if isinstance(outcome, Exception):
+                failures.append(outcome)
+                log(f"{config}: failed: {outcome}")
+            else:
+                found[config] = outcome
+                log(bar(len(found), len(once), str(config)))
     if failures:
         raise failures[0]
     return [found[config] for config in configs]
@@ -59,8 +61,8 @@ def _outcomes(configs, log, networks):
             yield config, attempt(config, log, networks)
         return
     context = get_context("spawn")
-    lines = context.SimpleQueue()
-    with ProcessPoolExecutor(jobs, context, begin, (lines,)) as pool:
+    lines, others = context.SimpleQueue(), active_children()
+    with ProcessPoolExecutor(jobs, context, begin, (lines,)) as pool, ending_all_but(others):
         # Longest first, so that no core is left with a long run at the end.
         order = sorted(configs, key=lambda c: c.epochs * c.T * (1 + (c.network == "resnet19")), reverse=True)
         pending = {pool.submit(attempt, config, None, networks): config for config in order}
@@ -70,6 +72,17 @@ def _outcomes(configs, log, networks):
                 log(lines.get())
             for future in done:
                 yield pending.pop(future), future.exception() or future.result()
+
+
+@contextmanager
+def ending_all_but(others: list) -> Iterator[None]:
+    """Where something fails here, end the processes that train: nobody would read their lines, and they would wait."""
+    try:
+        yield
+    except BaseException:
+        for process in set(active_children()) - set(others):
+            process.terminate()
+        raise
 
 
 #: The log of a process that trains: the way to the one that started it.

@@ -282,7 +282,9 @@ def command(main: Callable[[list[str]], int | None]) -> None:
     """`main` with the words of the command line; what this package refuses or fails with ends in one sentence, and so
     does Ctrl-C."""
     try:
-        sys.exit(main(sys.argv[1:]))
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(code)
     except Error as error:
         sys.exit(f"staa: {error}")
     except BrokenPipeError:  # what read the output has ended, as head does

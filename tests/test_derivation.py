@@ -33,6 +33,6 @@ def test_a_formula_is_compared_with_the_module(name):
     assert f'same("{wanted}", ' in CODE
 
 
-def test_both_boards_have_the_sliders_of_the_story():
+def test_the_boards_have_the_sliders_of_the_story():
     boards = [set(re.findall(r"(\w+)=\(", call)) for call in re.findall(r"sliders\.explore\((.*?\))\)\n*", CODE + "\n", re.S)]
     assert boards == [{"tau", "threshold", "input", "T"}, {"W", "a"}, {"tau", "threshold", "input", "T", "alpha", "gate"}]

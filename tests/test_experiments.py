@@ -6,6 +6,7 @@ import time
 import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -323,6 +324,21 @@ def test_several_at_once_are_told_whether_their_networks_are_needed(monkeypatch)
         assert all(config.seed == seed for config, (seed, _) in found)
 
 
+def test_where_nobody_takes_their_lines_any_more_runs_end(tmp_path, monkeypatch):
+    """As where the output goes to `head`: they would fill the pipe and wait, or train on for nobody."""
+    monkeypatch.setenv("STAA_RUNS", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(runner.devices, "cores", lambda: 2)
+    configs = [Config(seed=seed, **TINY | dict(epochs=500)) for seed in range(3)]
+
+    def log(line):
+        if "epoch 1/" in line:
+            raise BrokenPipeError
+    with pytest.raises(BrokenPipeError):
+        run_all(configs, log=log)
+    assert not active_children() and not any(records.find(config) for config in configs)
+
+
 def test_where_the_process_that_started_them_is_killed_none_trains_on(tmp_path):
     """The terminal is closed, or a notebook's kernel killed: they would hold their runs for ever."""
     script = tmp_path / "start.py"
@@ -341,11 +357,14 @@ if __name__ == "__main__":
         time.sleep(600)
 """)
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as started:
-        child = Path("/proc") / started.stdout.readline().strip()
-        assert child.is_dir()
+        number = started.stdout.readline().strip()
+        assert number.isdigit() and Path(f"/proc/{number}").is_dir()
         started.kill()
     for _ in range(200):
-        if not child.exists() or "State:\tZ" in (child / "status").read_text():
+        try:
+            if "State:\tZ" in Path(f"/proc/{number}/status").read_text():
+                return
+        except OSError:  # it is no longer there
             return
         time.sleep(0.1)
     pytest.fail("it is still there after 20 seconds")
@@ -354,6 +373,7 @@ if __name__ == "__main__":
 def test_the_first_failure_is_raised_and_all_are_logged(monkeypatch):
     def fails(config, network, log):
         raise RuntimeError(f"seed {config.seed} cannot")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
     monkeypatch.setattr(runner, "run", fails)
     lines = []

@@ -521,11 +521,16 @@ def test_a_device_without_numbers_is_refused():
         train.run(Config(), device="meta")
 
 
-def test_what_stops_reading_the_output_ends_the_command_in_silence():
-    """As `head` does."""
-    with subprocess.Popen([sys.executable, "-c", "from staa import train\n"
-                           "def main(words):\n    while True:\n        print('a line' * 1000)\ntrain.command(main)"],
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
-        started.stdout.readline()
+@pytest.mark.parametrize("times", [1, 100_000])
+def test_what_stops_reading_the_output_ends_the_command_in_silence(times):
+    """As `head` does: in the middle of it, or before the first line is out."""
+    program = (f"from staa import train\nprint('begun', flush=True)\ninput()\n"
+               f"train.command(lambda words: print('a line\\n' * {times}))")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True, env=environment) as started:
+        assert started.stdout.readline() == "begun\n"
         started.stdout.close()
+        started.stdin.write("\n")
+        started.stdin.close()
         assert started.wait(60) == 141 and not started.stderr.read()

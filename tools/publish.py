@@ -36,8 +36,8 @@ a {{ color: #0b57a4; }}
 <p>STAA-SNN (CVPR 2025) puts an attention aggregator inside every spiking neuron. The notebooks regenerate the tables
 and figures of the paper, and of two sibling systems, beside the papers' own numbers. They are shown here as they are
 stored, executed on embedded data (handwritten digits), unless they say otherwise.</p>
-<p><strong>What has been run on real data so far is small</strong>, and in none of it does STAA beat the plain LIF
-neuron: see the README's results.</p>
+<p><strong>What has been run on real data so far is small</strong>, and in none of it does the whole STAA neuron beat
+the plain LIF neuron: the README of the project has a table of it.</p>
 <p><img src="figure1.png" alt="The STAA neuron: aggregator, global context block, step attention block and TSRD"></p>
 <h2>Notebooks</h2>
 <ul>
