@@ -276,30 +276,18 @@ def test_a_parameter_is_judged_on_the_items_own_datasets_and_networks():
     assert {c.neuron_settings["decay"] for c in ITEMS["fsta"](one_row)} == {0.5}
 
 
-def test_several_gpus_train_as_many_runs_at_once(monkeypatch):
+@pytest.mark.parametrize("gpus, threads, runs, jobs", [(3, 1, 5, 3), (3, 1, 2, 2), (0, 3, 5, 2)])
+def test_as_many_runs_at_once_as_there_are_gpus_or_else_cores_for_their_threads(monkeypatch, gpus, threads, runs, jobs):
     class Started(Exception):
         pass
 
     def pool(jobs, *_):
         raise Started(jobs)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", pool)
-    for runs, jobs in ((5, 3), (2, 2)):
-        with pytest.raises(Started, match=f"^{jobs}$"):
-            list(runner._outcomes([Config(seed=seed) for seed in range(runs)], print, False))
-
-
-def test_as_many_runs_at_once_as_their_threads_have_cores(monkeypatch):
-    class Started(Exception):
-        pass
-
-    def pool(jobs, *_):
-        raise Started(jobs)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setattr(runner, "ProcessPoolExecutor", pool)
-    with pytest.raises(Started, match="^2$"):
-        list(runner._outcomes([Config(seed=seed, threads=3) for seed in range(5)], print, False))
+    with pytest.raises(Started, match=f"^{jobs}$"):
+        list(runner._outcomes([Config(seed=seed, threads=threads) for seed in range(runs)], print, False))
 
 
 def test_several_at_once_are_told_whether_their_networks_are_needed(monkeypatch):
