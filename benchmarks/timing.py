@@ -16,11 +16,13 @@ from staa import memory, records
 HERE = Path(__file__).parent
 
 
-def interleaved(cases: dict[str, Callable], device: torch.device, rounds: int) -> dict[str, list[float]]:
+def interleaved(cases: dict[str, Callable], device: torch.device, rounds: int,
+                keep_freed: bool = True) -> dict[str, list[float]]:
     """Milliseconds of each case, once a round, after two calls to warm up. Noise of the machine meets all alike, and
-    so does the memory: on a CPU what is freed is kept, as `staa.run` does, for the peers as well. On a GPU a call is
-    the mean of ten, sent one after the other as in training: the longer of the host's time and the GPU's."""
-    if device.type == "cpu":
+    so does the memory: on a CPU what is freed is kept from the first `keep_freed` on, as `staa.run` does, for the peers
+    as well. On a GPU a call is the mean of ten, sent one after the other as in training: the longer of the host's time
+    and the GPU's."""
+    if keep_freed and device.type == "cpu":
         memory.keep_freed()
     calls = 1 if device.type == "cpu" else 10
     times = {name: [] for name in cases}
