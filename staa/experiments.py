@@ -159,7 +159,7 @@ def settings(namespace: Mapping) -> Settings:
     cells = [source for source in namespace.get("In", []) if source.startswith("# Parameters")]
     here = {name for name in PARAMETERS & namespace.keys() if not isinstance(namespace[name], ModuleType)}
     known, *injected = [assigned(source) for source in cells] or [here]  # nbval keeps no In
-    for name in set().union(*injected) - known:
+    for name in sorted(set().union(*injected) - known):
         raise ConfigError(f"a parameter of this notebook must be one of {', '.join(sorted(known))}, got {name!r}")
     given = {name: namespace[name] for name in known if namespace[name] is not None}
     preset, seeds = given.pop("preset", None), given.pop("seeds", None)

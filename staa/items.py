@@ -21,7 +21,7 @@ SHIPPED = 10_000_000
 def parameters(words: list[str]) -> Settings:
     """name=value, ... as a notebook's parameters; raises ConfigError on a name that no notebook has."""
     given = words_to_settings(words)
-    for name in given.keys() - PARAMETERS:
+    for name in sorted(given.keys() - PARAMETERS):
         raise ConfigError(f"a parameter must be one of {', '.join(sorted(PARAMETERS))}, got {name!r}")
     return settings({"preset": "smoke", "seeds": 1} | given)
 

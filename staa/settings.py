@@ -1,9 +1,12 @@
 """What a setting may be, of a run, a network or a neuron: one sentence where it may not."""
 
+import ast
 import inspect
+import json
 import math
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from numbers import Integral
 from typing import Any
 
@@ -30,12 +33,21 @@ def one_of(name: str, value, allowed: Iterable[str]) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
+def written(text: str) -> Any:
+    """A value as a command line has it: written as in JSON or as in Python, or else plain text."""
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError):
+            return read(text)
+    return text
+
+
 def typed(name: str, value, kind: type) -> Any:
     """value as `kind`: a whole number may stand for a float, which is finite; nothing else is converted."""
     if kind is float and type(value) is int:
         value = float(value) if abs(value) <= sys.float_info.max else math.inf
     if type(value) is not kind:
-        hint = "; in YAML write 1.0e-3 for 1e-3" if kind is float and type(value) is str else ""
+        hint = "; write 0.25 for 1/4" if "/" in str(value) else "; in YAML write 1.0e-3 for 1e-3"
+        hint = hint if kind is float and type(value) is str else ""
         words = {int: "a whole number", float: "a number", bool: "True or False", str: "text", dict: "a dictionary"}
         raise ConfigError(f"{name} must be {words[kind]}, got {type(value).__name__} {value!r}{hint}")
     if type(value) is float and not math.isfinite(value):

@@ -29,7 +29,7 @@ from .firing import firing_rates
 from .optimizer import learning_rate, new_optimizer
 from .records import Record
 from .resident import Loader
-from .settings import ConfigError, Error, TrainingError
+from .settings import ConfigError, Error, TrainingError, written
 from .weights import found, keep, new_network
 from .weights import trained as trained
 
@@ -255,17 +255,14 @@ def forward(network, x: Tensor, device, config: Config) -> Tensor:
 
 
 def words_to_settings(words: list[str]) -> dict:
-    """Settings written as name=value, the value in JSON or plain text."""
+    """Settings written as name=value, see `written`."""
     settings = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or name in settings:
             got = f"a second {word!r}" if name in settings else repr(word)
             raise ConfigError(f"a setting is written name=value, and once, got {got}")
-        try:
-            settings[name] = json.loads(value)
-        except ValueError:
-            settings[name] = value
+        settings[name] = written(value)
     return settings
 
 

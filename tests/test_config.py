@@ -22,6 +22,7 @@ from staa.settings import ConfigError, settings_of
     (dict(dataset="digits:x"), "dataset must be one of"), (dict(dataset="imagefolder:"), "dataset must be one of"),
     (dict(network="alexnet"), "network must be one of vgg13"), (dict(neuron="LIF"), "neuron must be one of lif, staa, fsta, statten"),
     (dict(augment="mixup"), "augment must be one of none, standard"), (dict(precision="fp16"), "float32, bf16"),
+    (dict(width="1/4"), "^width must be a number, got str '1/4'; write 0.25 for 1/4$"),
     (dict(lr="1e-3"), "lr must be a number, got str '1e-3'; in YAML write 1.0e-3"), (dict(lr=0.0), "lr must be a finite"),
     (dict(lr=float("nan")), "lr must be a finite"), (dict(lr=float("inf")), "lr must be a finite"),
     (dict(lr=10 ** 400), "lr must be a finite number, got inf"), (dict(clip_norm=math.inf), "clip_norm must be a finite number"),

@@ -466,6 +466,14 @@ def test_a_setting_is_given_once():
         train.words_to_settings(["lr=0.1", "lr=0.2"])
 
 
+def test_a_command_line_takes_values_as_json_or_python_writes_them():
+    words = ["dataset=imagefolder:a b", "lr=1e-3", "channels_last=False", "clip_norm=-1", "width=1/4",
+             "neuron_settings={'r': 8, 'gc': True}", 'network_settings={"event": true}', "frames="]
+    assert train.words_to_settings(words) == {
+        "dataset": "imagefolder:a b", "lr": 0.001, "channels_last": False, "clip_norm": -1, "width": "1/4",
+        "neuron_settings": {"r": 8, "gc": True}, "network_settings": {"event": True}, "frames": ""}
+
+
 def test_ctrl_c_on_the_command_line_is_one_sentence(capsys):
     def main(words):
         raise KeyboardInterrupt
