@@ -8,7 +8,7 @@ from typing import get_type_hints
 from . import frames
 from .data import AUGMENTATIONS, DATASETS, describe
 from .networks import NETWORKS, NEURONS, build, full_settings, skeleton
-from .settings import ConfigError, one_of, reason, typed
+from .settings import ConfigError, likeliest, one_of, reason, settings_of, typed
 
 #: Settings that came after the first records: left out of the hash at this value, so that older runs keep their name.
 LATER = {"microbatch": 0, "frames": "", "optimizer": "sgd", "network_settings": {}}
@@ -58,7 +58,8 @@ class Config:
             object.__setattr__(self, name, typed(name, getattr(self, name), kind))
         base, _, folder = self.dataset.partition(":")
         if base not in DATASETS or bool(folder) != (":" in self.dataset) or folder and base != "imagefolder":
-            raise ConfigError(f"dataset must be one of {', '.join(DATASETS)} or imagefolder:NAME, got {self.dataset!r}")
+            raise ConfigError(f"dataset must be one of {', '.join(DATASETS)} or imagefolder:NAME, got {self.dataset!r}"
+                              f"{likeliest(self.dataset, DATASETS)}")
         self._check_data(describe(self.dataset))
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("precision", self.precision, PRECISIONS)
@@ -157,4 +158,7 @@ def check_names(settings) -> None:
     allowed = [f.name for f in fields(Config)]
     for name in settings:
         if name not in allowed:
-            raise ConfigError(f"a setting must be one of {', '.join(allowed)}, got {name!r}")
+            belongs = [f"{what}_settings of {owner}" for what, names in (("neuron", NEURONS), ("network", NETWORKS))
+                       for owner, made in names.items() if name in settings_of(made)]
+            hint = f"; it belongs to the {belongs[0]}" if belongs else likeliest(name, allowed)
+            raise ConfigError(f"a setting must be one of {', '.join(allowed)}, got {name!r}{hint}")

@@ -134,9 +134,8 @@ class Settings:
         return {"smoke": [smoke], "cut": [PRESETS["cut"]["dataset"]]}.get(self.preset, list(paper))
 
     def runs(self, item: str, rows: list[dict], rest: dict[str, Any], seeds: int = 1) -> list[Config]:
-        """The runs of an item: its rows with the `rest`, every seed, at least so many `seeds`. The reader's parameters
-        leave rows out, as `-p network resnet20` does the other networks. Raises ConfigError where no row is left, or a
-        parameter would make one run of several."""
+        """The runs of an item: its rows with the `rest`, every seed, at least so many `seeds`; the reader's parameters
+        leave rows out. Raises ConfigError where no row is left, or a parameter would make one run of several."""
         for name in [name for name in CHOOSING if name in self.changes and name in rows[0]]:
             own, value = sorted({str(row[name]) for row in rows}), self.changes[name]
             rows = [row for row in rows if row[name] == value]
@@ -160,11 +159,10 @@ def settings(namespace: Mapping) -> Settings:
     here = {name for name in PARAMETERS & namespace.keys() if not isinstance(namespace[name], ModuleType)}
     known, *injected = [assigned(source) for source in cells] or [here]  # nbval keeps no In
     for name in sorted(set().union(*injected) - known):
-        raise ConfigError(f"a parameter of this notebook must be one of {', '.join(sorted(known))}, got {name!r}")
+        one_of("a parameter of this notebook", name, sorted(known))
     given = {name: namespace[name] for name in known if namespace[name] is not None}
     preset, seeds = given.pop("preset", None), given.pop("seeds", None)
-    if preset not in PRESETS:
-        raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    one_of("preset", preset, PRESETS)
     if type(seeds) is not int or seeds < 1:
         raise ConfigError(f"seeds, the number of seeds, must be a whole number of at least 1, got {seeds!r}")
     for name, value in given.items():

@@ -8,11 +8,11 @@
 from pathlib import Path
 
 from . import records, weights
+from .command import command, words_to_settings
 from .config import Config
 from .experiments import ITEMS, PARAMETERS, Settings, run_all, settings
 from .records import Record, RecordError
-from .settings import ConfigError
-from .train import command, words_to_settings
+from .settings import ConfigError, one_of
 
 #: Bytes that a shipped network may have: it is committed.
 SHIPPED = 10_000_000
@@ -22,7 +22,7 @@ def parameters(words: list[str]) -> Settings:
     """name=value, ... as a notebook's parameters; raises ConfigError on a name that no notebook has."""
     given = words_to_settings(words)
     for name in sorted(given.keys() - PARAMETERS):
-        raise ConfigError(f"a parameter must be one of {', '.join(sorted(PARAMETERS))}, got {name!r}")
+        one_of("a parameter", name, sorted(PARAMETERS))
     return settings({"preset": "smoke", "seeds": 1} | given)
 
 
@@ -55,13 +55,17 @@ def ship(name: str) -> Path:
     return shipped
 
 
+def usage() -> str:
+    return f"{__doc__}\nItems: {', '.join(ITEMS)}\nParameters: {', '.join(sorted(PARAMETERS))}"
+
+
 def main(words: list[str]) -> None:
     if len(words) == 2 and words[0] == "ship":
         print(f"{ship(words[1])} is written, and its record beside those in {records.folder('records')}.")
         return
     if len(words) < 2 or words[0] not in ("train", "vouch") or words[1] not in ITEMS:
         raise ConfigError(f"write train or vouch, then one of {', '.join(ITEMS)}, then name=value, ...; or ship "
-                          "and the name of a finished run")
+                          f"and the name of a finished run; got {' '.join(words)!r}")
     configs = ITEMS[words[1]](parameters(words[2:]))
     if words[0] == "train":
         run_all(configs)
@@ -73,4 +77,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, usage)

@@ -78,6 +78,8 @@ class SpikingNetwork(nn.Module):
         if x.dim() not in (4, 5) or shape[-3] != self.in_channels or frames and shape[1] != self.T:
             raise ValueError(f"this network takes images (B, C={self.in_channels}, H, W) or frames "
                              f"(B, T={self.T}, C={self.in_channels}, H, W), got {shape}")
+        if not x.is_floating_point():
+            raise ValueError(f"this network takes floating-point images, got {x.dtype}; of bytes, x.float() / 255")
         if min(shape[-2:]) < self.min_size:
             raise ValueError(f"this network needs images of at least {self.min_size} x {self.min_size}, "
                              f"got {shape[-2]} x {shape[-1]}")

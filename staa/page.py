@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import devices, records
+from .command import command
 from .experiments import ITEMS, Settings, run_all
 from .settings import ConfigError
-from .train import command
 
 NOTEBOOKS = records.ROOT / "notebooks"
 #: The order of the paper; what is not named here follows, by name.
@@ -66,10 +66,22 @@ class Item:
         return ITEMS[self.name](Settings("smoke", seeds[0], {})) if self.name in ITEMS else []
 
     def fresh(self) -> bool:
-        """Whether its output is newer than all it is made of."""
+        """Whether its output was executed to the end, as it stands, and is newer than all it is made of."""
         made_of = [NOTEBOOKS / f"{self.name}.ipynb", *Path(__file__).parent.glob("*.py"),
                    *records.folder("paper").glob("*.csv"), *records.folder("records").glob("*.json")]
-        return self.output.exists() and self.output.stat().st_mtime > max(p.stat().st_mtime for p in made_of)
+        return (self.output.exists() and self.output.stat().st_mtime > max(p.stat().st_mtime for p in made_of)
+                and executed_as_it_stands(self.output))
+
+
+def executed_as_it_stands(notebook: Path) -> bool:
+    """Whether every cell was executed, none with an error, and papermill injected no parameters: `make table1` leaves
+    what it came to, with the parameters that it was given."""
+    try:
+        cells = [c for c in json.loads(notebook.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
+    except ValueError:
+        return False
+    return all(c["execution_count"] and "injected-parameters" not in c["metadata"].get("tags", [])
+               and all(output["output_type"] != "error" for output in c["outputs"]) for c in cells)
 
 
 def source(name: str, tag: str = "") -> str:
@@ -170,4 +182,4 @@ def main(words: Sequence[str] = ()) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, lambda: str(__doc__))

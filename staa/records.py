@@ -91,12 +91,14 @@ class Record:
 
     @classmethod
     def load(cls, path: Path) -> "Record":
-        """Raises RecordError where the file is damaged or of another format."""
+        """Raises RecordError where the file cannot be read, is damaged or of another format."""
         try:
             body = json.loads(Path(path).read_bytes())
             if body.pop("sha256") != checksum(body) or body.pop("format") != 1:
                 raise ValueError("its checksum is wrong")
             return cls(**body)
+        except OSError as error:
+            raise RecordError(f"the record {path} cannot be read ({error.strerror}).") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RecordError(f"the record {path} is damaged ({error}); delete it to make the run again.") from None
 

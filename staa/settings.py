@@ -1,17 +1,18 @@
 """What a setting may be, of a run, a network or a neuron: one sentence where it may not."""
 
-import ast
+import difflib
 import inspect
-import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from numbers import Integral
 from typing import Any
 
 #: Parameters that every neuron or every network has: none of them is a setting of its own.
 COMMON = ("channels", "T", "neuron", "num_classes", "in_channels", "width")
+#: Left out where names are compared.
+PUNCTUATION = str.maketrans("", "", "-_ ")
 #: Beyond it float32 has no room to compute.
 LARGEST = 1e30
 
@@ -30,15 +31,14 @@ class TrainingError(Error, RuntimeError):
 
 def one_of(name: str, value, allowed: Iterable[str]) -> None:
     if value not in tuple(allowed):  # a list has no hash
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{likeliest(value, allowed)}")
 
 
-def written(text: str) -> Any:
-    """A value as a command line has it: written as in JSON or as in Python, or else plain text."""
-    for read in (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError):
-            return read(text)
-    return text
+def likeliest(value, allowed: Iterable[str]) -> str:
+    """A question after the one of the allowed names that was perhaps meant; nothing where none is like it."""
+    plain = {name.lower().translate(PUNCTUATION): name for name in allowed}
+    close = difflib.get_close_matches(str(value).lower().translate(PUNCTUATION), plain, 1, cutoff=0.83)
+    return f"; did you mean {plain[close[0]]}?" if close else ""
 
 
 def typed(name: str, value, kind: type) -> Any:
@@ -46,8 +46,12 @@ def typed(name: str, value, kind: type) -> Any:
     if kind is float and type(value) is int:
         value = float(value) if abs(value) <= sys.float_info.max else math.inf
     if type(value) is not kind:
-        hint = "; write 0.25 for 1/4" if "/" in str(value) else "; in YAML write 1.0e-3 for 1e-3"
-        hint = hint if kind is float and type(value) is str else ""
+        hint = ""
+        if type(value) is str and kind is float:
+            hint = "; write 0.25 for 1/4" if "/" in value else "; in YAML write 1.0e-3 for 1e-3"
+            hint = hint if re.search("[0-9][/eE]", value) else ""
+        if type(value) is str and kind is dict:
+            hint = '; write {"r": 8}, in a shell within quotes, or ' + f"{name}.r=8"
         words = {int: "a whole number", float: "a number", bool: "True or False", str: "text", dict: "a dictionary"}
         raise ConfigError(f"{name} must be {words[kind]}, got {type(value).__name__} {value!r}{hint}")
     if type(value) is float and not math.isfinite(value):

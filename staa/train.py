@@ -1,7 +1,7 @@
 """The training loop. `run(config)` is the one way to train: it returns the stored record where the run is complete,
 continues it where it was interrupted, else trains. It depends on nothing but the config and the data.
 
-    python -m staa.train network=resnet20 neuron=lif epochs=2 neuron_settings='{"decay": 0.5}'
+    python -m staa.train network=resnet20 neuron=lif epochs=2 neuron_settings.decay=0.5
 
 Under torchrun the processes train one run together, see `staa.distributed`.
 """
@@ -10,7 +10,6 @@ import inspect
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,14 +21,16 @@ from torch.nn import functional as F
 
 from . import data, devices, memory, records
 from .checkpoint import read, resume, save
+from .command import command, words_to_settings
 from .config import Config
 from .data import evaluation_set as evaluation_set
 from .distributed import ALONE, Peers, Statistics, join
 from .firing import firing_rates
+from .networks import NETWORKS, NEURONS, full_settings
 from .optimizer import learning_rate, new_optimizer
 from .records import Record
 from .resident import Loader
-from .settings import ConfigError, Error, TrainingError, written
+from .settings import TrainingError
 from .weights import found, keep, new_network
 from .weights import trained as trained
 
@@ -254,43 +255,27 @@ def forward(network, x: Tensor, device, config: Config) -> Tensor:
         return network(x.to(device, non_blocking=True, memory_format=layout)).float()
 
 
-def words_to_settings(words: list[str]) -> dict:
-    """Settings written as name=value, see `written`."""
-    settings = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or name in settings:
-            got = f"a second {word!r}" if name in settings else repr(word)
-            raise ConfigError(f"a setting is written name=value, and once, got {got}")
-        settings[name] = written(value)
-    return settings
+def usage() -> str:
+    """Every setting with its default, and what it can be where that is a name."""
+    lines = ["python -m staa.train lr=0.1 neuron=staa neuron_settings.r=8 ...\n",
+             inspect.getsource(Config).partition("    def ")[0]]
+    for what, names in {"dataset": data.DATASETS, "augment": data.AUGMENTATIONS}.items():
+        lines.append(f"{what}: {', '.join(names)}")
+    for what, made in (("network", NETWORKS), ("neuron", NEURONS)):
+        lines.append(f"{what}: {', '.join(made)}")
+        for name in made:
+            own = ", ".join(f"{key}={value!r}" for key, value in full_settings(what, name, made, {}).items())
+            lines += [f"    {what}_settings of {name}: {own}"] if own else []
+    return "\n".join(lines)
 
 
 def main(words: list[str]) -> None:
-    if {"-h", "--help"} & set(words):
-        return print(inspect.getsource(Config).partition("    def ")[0].rstrip())  # every setting with its default
     config = Config.from_dict(words_to_settings(words))
+    there = " (trained before)" if found(config) else ""
     record = run(config)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{config.name}: {record.accuracy:.2f} % on the test set after {config.epochs} epochs")
-
-
-def command(main: Callable[[list[str]], int | None]) -> None:
-    """`main` with the words of the command line; what this package refuses or fails with ends in one sentence, and so
-    does Ctrl-C."""
-    try:
-        code = main(sys.argv[1:])
-        sys.stdout.flush()
-        sys.exit(code)
-    except Error as error:
-        sys.exit(f"staa: {error}")
-    except BrokenPipeError:  # what read the output has ended, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it flushes
-        sys.exit(141)
-    except KeyboardInterrupt:
-        print("staa: interrupted; a run goes on after its last whole epoch when it is started again.", file=sys.stderr)
-        sys.exit(130)
+        print(f"{config.name}: {record.accuracy:.2f} % on the test set after {config.epochs} epochs{there}")
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, usage)

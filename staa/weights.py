@@ -1,7 +1,7 @@
 """Trained networks as safetensors files that hold their config. Nothing is unpickled, and what does not match its
 config is refused.
 
-    network = staa.load("runs/NAME/weights.safetensors")   # network.config says how it was trained
+    network = staa.load("runs/NAME")   # network.config says how it was trained
     staa.save_pretrained(network, "folder")                # in the manner of the Hugging Face hub
     network = staa.from_pretrained("folder")
 """
@@ -24,7 +24,7 @@ from .records import Record, RecordError
 from .settings import ConfigError, reason
 
 #: A folder in the hub's manner: the weights, which hold the config too, and the config as a file to read.
-MODEL, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, MODEL, CONFIG = "weights.safetensors", "model.safetensors", "config.json"
 #: The entry of a file's metadata: {"config": every setting, "classes": K, "sha256": of these two and the tensors}.
 ENTRY = "staa"
 
@@ -63,13 +63,15 @@ def save(path: Path, tensors: dict[str, Tensor], config: Config, classes: int) -
 
 
 def load(path: Path | str) -> SpikingNetwork:
-    """The network of a file that a finished run or `save_pretrained` wrote, rebuilt from the file alone: on the CPU, in
-    evaluation, its `config` the one it was trained with.
+    """The network of a file that a finished run or `save_pretrained` wrote, or of the folder with it, rebuilt from the
+    file alone: on the CPU, in evaluation, its `config` the one it was trained with.
 
     Raises RecordError, one sentence, where the file is missing, is damaged, holds no config, or where a tensor is
     missing, unknown, or of another shape or type than the config's network has.
     """
-    return rebuilt(Path(path), "get or make it again")
+    path = Path(path)
+    inside = [path / name for name in (WEIGHTS, MODEL) if (path / name).is_file()]
+    return rebuilt(inside[0] if inside else path, "get or make it again")
 
 
 def rebuilt(path: Path, advice: str) -> SpikingNetwork:
@@ -126,7 +128,7 @@ def checksum(about: dict, tensors: dict[str, Tensor]) -> str:
 
 def keep(place: Path, state: dict, config: Config, classes: int, log: Callable[[str], None]) -> None:
     """The final weights into the run's folder; without safetensors, which a bare machine lacks, nothing is lost."""
-    weights, fallback = place / "weights.safetensors", place / "weights.pt"
+    weights, fallback = place / WEIGHTS, place / "weights.pt"
     if available():
         save(weights, state, config, classes)
         fallback.unlink(missing_ok=True)  # of a run before this one, and so below
@@ -190,7 +192,7 @@ def file_of(record: Record) -> Path:
     """Where `trained` reads the weights; a RecordError where they are not there."""
     config = Config.from_dict(record.config)
     place, shipped = records.folder("runs") / config.name, shipped_file(config)
-    for path in (place / "weights.pt", *([] if is_own(config) else [shipped]), place / "weights.safetensors"):
+    for path in (place / "weights.pt", *([] if is_own(config) else [shipped]), place / WEIGHTS):
         if path.is_file():
             return path
     raise RecordError(f"the weights of {config} were looked for in {place} and {shipped.parent} and are not there "

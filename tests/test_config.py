@@ -22,6 +22,10 @@ from staa.settings import ConfigError, settings_of
     (dict(dataset="digits:x"), "dataset must be one of"), (dict(dataset="imagefolder:"), "dataset must be one of"),
     (dict(network="alexnet"), "network must be one of vgg13"), (dict(neuron="LIF"), "neuron must be one of lif, staa, fsta, statten"),
     (dict(augment="mixup"), "augment must be one of none, standard"), (dict(precision="fp16"), "float32, bf16"),
+    (dict(network="ResNet-20"), "got 'ResNet-20'; did you mean resnet20.$"), (dict(network="inception"), "got 'inception'$"),
+    (dict(dataset="CIFAR-10"), "or imagefolder:NAME, got 'CIFAR-10'; did you mean cifar10.$"),
+    (dict(neuron_settings="{r:8}"), "^neuron_settings must be a dictionary, got str '{r:8}'; write .*neuron_settings.r=8$"),
+    (dict(width="a quarter"), "^width must be a number, got str 'a quarter'$"), (dict(width="wide"), "got str 'wide'$"),
     (dict(width="1/4"), "^width must be a number, got str '1/4'; write 0.25 for 1/4$"),
     (dict(lr="1e-3"), "lr must be a number, got str '1e-3'; in YAML write 1.0e-3"), (dict(lr=0.0), "lr must be a finite"),
     (dict(lr=float("nan")), "lr must be a finite"), (dict(lr=float("inf")), "lr must be a finite"),
@@ -64,6 +68,14 @@ def test_a_bad_setting_gets_one_sentence(settings, words):
     with pytest.raises(ConfigError, match=words) as caught:
         Config(**settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("r", "it belongs to the neuron_settings of staa"), ("LR", "did you mean lr."), ("learning_rate", None),
+    ("chunk", "it belongs to the network_settings of statten-2-256"), ("batch-size", "did you mean batch_size.")])
+def test_a_name_that_is_no_setting_is_told_what_was_perhaps_meant(name, words):
+    with pytest.raises(ConfigError, match=f"^a setting must be one of dataset, .*, got '{name}'{f'; {words}' if words else ''}$"):
+        Config.from_dict({name: 8})
 
 
 @pytest.mark.parametrize("name, least", [

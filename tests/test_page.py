@@ -1,6 +1,7 @@
 """The page with everything, and the list."""
 
 import base64
+import json
 import os
 import re
 import time
@@ -104,7 +105,7 @@ def test_an_output_is_old_where_anything_that_it_is_made_of_is_newer(small, tmp_
     monkeypatch.setattr(page, "__file__", str(tmp_path / "package" / "page.py"))
     (item,) = [item for item in page.items() if item.name == "good"]
     assert not item.fresh()
-    records.write(item.output, b"")
+    records.write(item.output, b'{"cells": []}')
     for path, seconds in [(item.output, 2000), *((path, 1000) for path in files)]:
         os.utime(path, (seconds, seconds))
     assert item.fresh()
@@ -164,6 +165,23 @@ def test_a_notebook_that_fails_costs_no_other_and_nothing_is_done_twice(small, c
     (page.NOTEBOOKS / "bad.ipynb").unlink()
     assert page.main() == 0 and "executed" not in capsys.readouterr().out
     os.utime(page.NOTEBOOKS / "good.ipynb", times=(time.time() + 5,) * 2)
+    assert not good.fresh()
+
+
+@pytest.mark.parametrize("change", [
+    lambda cell: cell["outputs"].append({"output_type": "error", "ename": "E", "evalue": "", "traceback": []}),
+    lambda cell: cell["metadata"].update(tags=["injected-parameters"]),
+    lambda cell: cell.update(execution_count=None)])
+def test_a_notebook_that_make_left_with_an_error_or_other_parameters_is_not_done(small, change):
+    (page.NOTEBOOKS / "bad.ipynb").unlink()
+    assert page.main() == 0
+    good, = page.items()
+    assert good.fresh()
+    book = json.loads(good.output.read_text())
+    change(book["cells"][1])
+    good.output.write_text(json.dumps(book))
+    assert not good.fresh()
+    good.output.write_text("{")
     assert not good.fresh()
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from faults import PROCESSES, SMALL, apart, epochs_of
 
-from staa import records
+from staa import Config, records
 from staa.records import Record, RecordError, find, vouched, write
 from staa.train import run
 
@@ -310,3 +310,15 @@ def test_a_relative_folder_is_the_same_from_everywhere(monkeypatch, tmp_path):
     here = records.folder("runs")
     monkeypatch.chdir(tmp_path)
     assert records.folder("runs") == here == records.ROOT / "elsewhere" / "runs"
+
+
+def test_a_record_that_cannot_be_read_is_one_sentence(tmp_path):
+    for path, why in ((tmp_path / "record.json", "No such file or directory"), (tmp_path, "Is a directory")):
+        with pytest.raises(RecordError, match=f"^the record {path} cannot be read .{why}.[.]$"):
+            Record.load(path)
+
+
+def test_every_vouched_record_is_the_one_that_its_run_finds():
+    for path in records.folder("records").glob("*.json"):
+        config = Config.from_dict(Record.load(path).config)
+        assert config.name == path.stem and records.find(config) == Record.load(path)

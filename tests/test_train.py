@@ -466,20 +466,12 @@ def test_a_setting_is_given_once():
         train.words_to_settings(["lr=0.1", "lr=0.2"])
 
 
-def test_a_command_line_takes_values_as_json_or_python_writes_them():
-    words = ["dataset=imagefolder:a b", "lr=1e-3", "channels_last=False", "clip_norm=-1", "width=1/4",
-             "neuron_settings={'r': 8, 'gc': True}", 'network_settings={"event": true}', "frames="]
-    assert train.words_to_settings(words) == {
-        "dataset": "imagefolder:a b", "lr": 0.001, "channels_last": False, "clip_norm": -1, "width": "1/4",
-        "neuron_settings": {"r": 8, "gc": True}, "network_settings": {"event": True}, "frames": ""}
-
-
 def test_ctrl_c_on_the_command_line_is_one_sentence(capsys):
     def main(words):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as end:
-        train.command(main)
+        train.command(main, str)
     assert end.value.code == 130
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "goes on after its last whole epoch" in said
@@ -515,12 +507,15 @@ def test_a_command_shows_a_bug_as_a_bug(monkeypatch, capsys):
     def bug(words):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="mat1"):
-        train.command(bug)
+        train.command(bug, str)
     def refused(words):
         raise ConfigError("T must be at least 1, got 0")
     with pytest.raises(SystemExit, match="staa: T must be at least 1, got 0"):
-        train.command(refused)
-    train.main(["--help"])
+        train.command(refused, str)
+    monkeypatch.setattr("sys.argv", ["staa", "--help"])
+    with pytest.raises(SystemExit) as end:
+        train.command(refused, train.usage)
+    assert not end.value.code
     assert 'neuron: str = "staa"' in capsys.readouterr().out
 
 
@@ -533,7 +528,7 @@ def test_a_device_without_numbers_is_refused():
 def test_what_stops_reading_the_output_ends_the_command_in_silence(times):
     """As `head` does: in the middle of it, or before the first line is out."""
     program = (f"from staa import train\nprint('begun', flush=True)\ninput()\n"
-               f"train.command(lambda words: print('a line\\n' * {times}))")
+               f"train.command(lambda words: print('a line\\n' * {times}), str)")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True, env=environment) as started:

@@ -86,6 +86,16 @@ def test_the_file_alone_gives_the_network_back(file, network):
     assert all(torch.equal(t, state[name]) and t.dtype == state[name].dtype for name, t in network.state_dict().items())
 
 
+def test_a_folder_is_read_by_the_weights_in_it(tmp_path, file, network):
+    shutil.copy(file, tmp_path / "weights.safetensors")
+    staa.save_pretrained(staa.load(file), tmp_path / "hub")
+    for folder in (tmp_path, str(tmp_path / "hub")):
+        again = staa.load(folder).state_dict()
+        assert all(torch.equal(again[name], t) for name, t in network.state_dict().items())
+    with pytest.raises(RecordError, match=f"^there is no weights file {tmp_path / 'nothing'}"):
+        staa.load(tmp_path / "nothing")
+
+
 def test_loading_leaves_the_callers_generator_alone(file):
     before = torch.get_rng_state()
     staa.load(file)
