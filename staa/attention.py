@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from . import fused, fused_staa
 from .neuron import LIF, over_time, unchanged
-from .settings import bounded, unused, whole_numbers
+from .settings import bounded, switches, unused, whole_numbers
 
 PE_KINDS = ("learned", "fixed")
 PE_PLACES = ("input", "membrane", "both", "output")
@@ -169,13 +169,14 @@ class STAALIF(LIF):
         choice), "membrane" (b), "both" with an encoding each (d), "output" after aggregation (e).
     The remaining settings are those of `LIF`; decay and gain are eq. 1's, which is computed without SA only.
     Raises ValueError on a value that is not allowed, and on a setting of what is off that is not its default; TypeError
-    on channels, T or r that is no whole number.
+    on channels, T or r that is no whole number, and on gc, pe or sa that is no bool.
     """
 
     def __init__(self, channels: int, T: int, *, gc: bool = True, pe: bool = True, sa: bool = True, r: int = 4,
                  alpha: float = 2.0, beta: float = 0.1, pe_kind: str = "learned", pe_place: str = "input", **lif):
         super().__init__(**lif)
         whole_numbers(channels=channels, T=T)
+        switches(gc=gc, pe=pe, sa=sa)
         if channels < 1 or T < 1:
             raise ValueError(f"channels and T must be at least 1, got channels={channels} and T={T}")
         bounded(alpha=alpha)
@@ -237,11 +238,11 @@ class STAALIF(LIF):
     def draw(self, device: torch.device) -> Tensor | None:
         """TSRD: the time steps (T,) that drop the aggregator, as a mask, or None where none does. The CPU's generator
         draws, and the mask is filled on its device, so that a GPU is never waited for. There is always a mask under
-        torch.func, with fake tensors, in a network that is compiled as a whole, and in one that is captured as a CUDA
-        graph, which would repeat one choice for ever."""
+        torch.func, with fake tensors, in a network that is compiled as a whole, and in one that is traced or captured
+        as a CUDA graph, which would repeat one choice for ever."""
         if not (self.training and self.beta):
             return None
-        if (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
                 or device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return torch.rand(self.T, device=device) < self.beta
         drawn = torch.rand(self.T, device="cpu") < self.beta
@@ -255,7 +256,8 @@ class STAALIF(LIF):
         return dropped
 
     def _reference(self, x: Tensor, dropped: Tensor | None) -> Tensor:
-        pe_membrane, pe_output = (None if pe is None else pe.per_step() for pe in (self.pe_membrane, self.pe_output))
+        zero = x.new_zeros(self.T, 1, self.channels, 1, 1)
+        pe_membrane, pe_output = (None if pe is None else pe(zero) for pe in (self.pe_membrane, self.pe_output))
         attended = self.attend(x)
         hm = torch.full_like(x[0], self.v_reset)
         spikes = []

@@ -60,6 +60,7 @@ COUNTED: dict[type, Rule] = {
                   lambda layer, x: 2 * layer.channels),
     DCT: Rule("DCT", lambda layer, x, y: y.numel() * layer.k ** 2, lambda layer, x: layer.k ** 4,
               lambda layer: layer.k ** 4),
+    # One by one, as they are written; `FSTALIF` multiplies X once, by all together.
     FSTALIF: Rule("gates of FSTA", lambda layer, x, y: x.numel() * layer.gates,
                   lambda layer, x: layer.T + x[0, 0, 0].numel()),
     Product: Rule("attention product", lambda layer, x, y: y.numel() * x.shape[-1],

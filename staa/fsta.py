@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from . import fused
 from .neuron import LIF
-from .settings import bounded, unused, whole_numbers
+from .settings import bounded, switches, unused, whole_numbers
 from .surrogate import TANH
 
 
@@ -49,6 +49,8 @@ class DCT(nn.Module):
         self.basis.copy_(torch.kron(dct(self.k), dct(self.k)))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.basis.is_meta and not x.is_meta:  # built there, and loaded with assign=True: it is not in the state
+            self.to_empty(device=x.device).reset_parameters()
         x = F.pad(x, 2 * ((self.k - 1) // 2, self.k // 2))
         if fused.on_gpu(x):  # where `unfold` starts a kernel an image; TF32, as torch's default is
             return F.conv2d(x, self.basis.unflatten(1, (1, self.k, self.k)))
@@ -72,7 +74,7 @@ class ToOneMap(nn.Conv2d):
 
 
 class TemporalAmplitude(nn.Module):
-    """The gate g (T, B, 1, 1, 1) of the time steps, from x (T, B, C, H, W)."""
+    """The gate g (T, B, 1, 1, 1) of the time steps, from x (T, B, C, H, W). Equal maxima share their gradient."""
 
     def __init__(self, T: int):
         super().__init__()
@@ -114,7 +116,8 @@ class FSTALIF(LIF):
     slope: of the surrogate, the derivative of tanh(slope (U / v_th - 1/2)), scaled to rise by 1 from U = 0 to U = v_th,
         and 0 elsewhere; in the authors' code 1 with the module and 3 for the plain neuron.
     Raises ValueError on a value that is not allowed, and on k or reduction without the spatial branch; TypeError
-    on T, k or reduction that is no whole number.
+    on T, k or reduction that is no whole number, and on temporal or spatial that is no bool. A current is of the
+    weights' type, unless under autocast.
     """
 
     surrogate = TANH
@@ -124,6 +127,7 @@ class FSTALIF(LIF):
         super().__init__(decay=decay, v_th=v_th)
         bounded(slope=slope)
         whole_numbers(T=T, k=k, reduction=reduction)
+        switches(temporal=temporal, spatial=spatial)
         if k < 1:
             raise ValueError(f"k, the side of the DCT window, must be at least 1, got {k}")
         if not 1 <= reduction <= k * k:

@@ -3,8 +3,8 @@
 
 A neuron is limited by memory traffic: of a large current nothing is kept for the backward pass but the current itself,
 and the membrane potential is computed anew. There are two ways: the equations compiled (Inductor, Triton); and, where
-there is no compiler or a current is too small to compile for, operators in place. (One difference: a potential that is
-NaN stays NaN in the equations, and in place may become 0 at the reset.)
+there is no compiler or a current is too small to compile for, operators in place. (One difference: where a potential is
+NaN or infinite, it and its gradients are NaN after the reset in the equations, and may be 0 here.)
 
 `staa.fused.enabled = False`, or STAA_FUSED=0 in the environment, switches both off. Membrane potentials are float32 for
 currents of lower precision, and of the current's type otherwise.
@@ -34,7 +34,8 @@ def usable(x: Tensor, *numbers) -> bool:
     transforms (torch.func), nor for a fake tensor or another subclass."""
     return (enabled and type(x) in (Tensor, nn.Parameter) and x.device.type in ("cpu", "cuda")
             and x.is_floating_point() and x.numel() > 0 and all(isinstance(n, (int, float)) for n in numbers)
-            and not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()))
+            and not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+                     or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)))  # make_fx
 
 
 def is_large(x: Tensor, channels: int = 64) -> bool:

@@ -9,11 +9,11 @@ time step for leak, reset and firing. An access costs the more, the larger the m
 Its formulas are taken as SpikingJelly 2 and Qualia, by the authors' laboratory, implement them: one spike meets N_out
 weights of a linear layer, where eq. 2.4 in print has N_in N_out.
 
-What the model does not know is ours: a folded BN is one bias per output; a layer of real numbers outside a neuron adds
-to potentials as a layer of spikes does; the attention's layers write their outputs to a memory of their own, the
-context product writes X~, and the mixing by M and N takes the place of the leak. Memories above 1 MB cost what 1 MB
-costs, though the weights of a wide network would lie in DRAM, where an access costs more: that favours both networks
-alike.
+What the model does not know is ours: a folded BN is one bias per output; a layer of real numbers outside a neuron
+adds to potentials uncharged, as in SpikingJelly (Qualia charges it); the attention's layers write their outputs to a
+memory of their own, the context product writes X~, and the mixing by M and N takes the place of the leak. Memories
+above 1 MB cost what 1 MB costs, though the weights of a wide network would lie in DRAM, where an access costs more:
+that favours both networks alike.
 """
 
 from .energy import ELEMENTWISE, Measurement, Operation

@@ -13,6 +13,7 @@ from .tables import (
     ARCHITECTURES,
     LABELS,
     NAMES,
+    firing_rate,
     full_settings,
     mean_and_n,
     paper,
@@ -30,15 +31,14 @@ def results() -> pd.DataFrame:
     rows = []
     for group in sorted(groups.values(), key=rank):
         c, first = group[0].config, group[0]
-        rates = [statistics.mean(r.outcome["firing_rates"].values()) for r in group]
         rows.append({"Dataset": NAMES.get(c["dataset"], c["dataset"]),
                      "Network": ARCHITECTURES.get(c["network"], c["network"]), "T": c["T"],
                      "Neuron": own_settings(c),
                      "Training": f"{training(first)}, lr {c['lr']:g}, augmentation {c['augment']}",
                      "Test accuracy, %": mean_and_n(group), "Paper": printed(c),
-                     "Firing rate": f"{statistics.mean(rates):.3f}",
+                     "Firing rate": f"{statistics.mean(map(firing_rate, group)):.3f}",
                      "Parameters": f"{first.outcome['parameters']:,}",
-                     "Minutes a run": f"{statistics.mean(sum(r.seconds) for r in group) / 60:.0f}",
+                     "Minutes of work a run": f"{statistics.mean(sum(r.seconds) for r in group) / 60:.0f}",
                      "Device": first.provenance["device"]})
     return pd.DataFrame(rows)
 

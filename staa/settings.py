@@ -102,6 +102,13 @@ def whole_numbers(**numbers: int) -> None:
             raise TypeError(f"{name} must be a whole number, got {value!r}")
 
 
+def switches(**given: bool) -> None:
+    """Refuse what is neither True nor False: the text "no" would switch a block on."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def unused(neuron: type, where: str, **given) -> None:
     """Refuse settings that do nothing, unless at the neuron's defaults: one and the same run would have two names."""
     defaults = settings_of(neuron)

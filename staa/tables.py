@@ -4,17 +4,21 @@ import html
 import json
 import re
 from collections import defaultdict
+from functools import cache
 from typing import Any
 
 import pandas as pd
+import torch
 
 from . import lemaire, networks, records, stats
 from .config import LATER, Config
 from .energy import ELEMENTWISE, Measurement
 from .experiments import ABLATED, FIGURE2, POSITION_ENCODING, TABLE1, TABLE3, TABLE4, Settings
+from .firing import evaluating, firing_rates
 from .networks import NEURONS
 from .records import Record
 from .settings import ConfigError
+from .weights import new_network
 
 LOST = "not in our source"
 ARCHITECTURES = {"vgg13": "VGG-13", "resnet19": "ResNet-19", "resnet20": "ResNet-20", "resnet18": "ResNet-18",
@@ -22,6 +26,23 @@ ARCHITECTURES = {"vgg13": "VGG-13", "resnet19": "ResNet-19", "resnet20": "ResNet
 LABELS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 EVENT_LABELS = {"cifar10dvs": "CIFAR10-DVS", "dvsgesture": "DVS128 Gesture"}
 NAMES = LABELS | EVENT_LABELS | {"imagefolder:imagenet": "ImageNet"}
+
+
+def firing_rate(record: Record) -> float:
+    """Mean spikes per neuron and time step over all neurons, as `Measurement.firing_rate` has it, on the test set: the
+    record tells the rate of each layer, and a layer counts by its neurons."""
+    sizes = layer_sizes(Config.from_dict(record.config).but(seed=0), record.outcome["classes"])
+    return sum(record.outcome["firing_rates"][layer] * n for layer, n in sizes.items()) / sum(sizes.values())
+
+
+@cache
+def layer_sizes(config: Config, classes: int) -> dict[str, int]:
+    """Neurons times time steps of each spiking layer, by a pass without numbers where the network can do that."""
+    network = networks.skeleton(lambda: new_network(config, classes))
+    image = torch.zeros(1, network.in_channels, config.image_size, config.image_size)
+    with torch.no_grad(), evaluating(network), firing_rates(network) as seen:
+        network(image.to(next(network.parameters()).device))
+    return seen.count
 
 
 def paper(name: str) -> pd.DataFrame:

@@ -251,3 +251,67 @@ def test_there_is_room_for_many_time_steps_among_what_is_compiled(monkeypatch):
         monkeypatch.setattr(fused, "WORTH_COMPILING", 0)
         staa.LIF()(torch.randn(2, 3, 4))  # the first current in this process, or a later one
         assert torch._dynamo.config.recompile_limit >= 64
+
+
+def test_a_network_built_without_memory_and_given_its_weights_is_the_same(fast):
+    """The DCT is no parameter, and not in the state: on the meta device it would be memory that nobody has set."""
+    for neuron in sorted(NEURONS):
+        network = shaken(staa.build("vgg13", neuron=neuron, T=2, width=1 / 16)).eval()
+        with torch.device("meta"):
+            again = staa.build("vgg13", neuron=neuron, T=2, width=1 / 16).eval()
+        again.load_state_dict(network.state_dict(), assign=True)
+        x = torch.rand(2, 3, 32, 32)
+        assert torch.equal(again(x), network(x)) and network(x).std() > 0
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_what_was_traced_in_training_still_drops_steps_at_random():
+    neuron, x = shaken(STAALIF(8, 3, beta=0.5)), 2 * torch.randn(3, 2, 8, 4, 4)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        traced = torch.jit.trace(neuron, x, check_trace=False)
+        assert len({traced(x).sum().item() for _ in range(20)}) > 2
+
+
+@pytest.mark.parametrize("place", ["membrane", "output", "both"])
+def test_an_encoding_is_called_wherever_it_is_added(place, fast):
+    """So that hooks, pruning and another module in its place count."""
+    neuron, x = shaken(STAALIF(8, 3, beta=0.0, pe_place=place)), 2 * torch.randn(3, 2, 8, 4, 4)
+    plain, called = neuron(x), []
+    for name in ("pe_input", "pe_membrane", "pe_output"):
+        if getattr(neuron, name) is not None:
+            getattr(neuron, name).register_forward_hook(lambda *_, name=name: called.append(name))
+    assert torch.equal(neuron(x), plain)
+    assert called == {"membrane": ["pe_membrane"], "output": ["pe_output"], "both": ["pe_membrane", "pe_input"]}[place]
+    last = called[0]
+    setattr(neuron, last, torch.nn.Identity())
+    without = shaken(STAALIF(8, 3, beta=0.0, pe_place=place))
+    without.load_state_dict(neuron.state_dict(), strict=False)
+    torch.nn.init.zeros_(getattr(without, last).weight)
+    assert torch.equal(neuron(x), without(x)) and not torch.equal(without(x), plain)
+
+
+@pytest.mark.parametrize("name", sorted(NEURONS))
+def test_make_fx_traces_a_neuron_with_its_parameters(name):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    neuron, x = shaken(NEURONS[name](8, T=3)).eval(), 2 * torch.randn(3, 2, 8, 4, 4)
+
+    def gradient(parameters, x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(torch.func.functional_call(neuron, parameters, (x,)).cumsum(0).square().sum(), x)[0]
+    parameters = dict(neuron.named_parameters())
+    torch.testing.assert_close(make_fx(gradient)(parameters, x)(parameters, x), gradient(parameters, x))
+    assert gradient(parameters, x).any()
+
+
+@pytest.mark.parametrize("make, name", [(lambda **own: STAALIF(8, 3, **own), "gc"), (lambda **own: STAALIF(8, 3, **own), "sa"),
+                                        (lambda **own: staa.fsta.FSTALIF(8, 3, **own), "temporal")])
+def test_a_switch_that_is_text_is_refused(make, name):
+    with pytest.raises(TypeError, match=f"^{name} must be True or False, got 'no'$"):
+        make(**{name: "no"})
+
+
+def test_a_current_without_time_steps_is_refused():
+    with pytest.raises(ValueError, match="^LIF takes a current .T, B, .*, got one of shape .0, 2, 3.$"):
+        staa.LIF()(torch.empty(0, 2, 3))
