@@ -12,6 +12,7 @@ from .experiments import CONVERGENCE
 from .plots import COLORS, COLUMN, PAGE
 from .records import Record
 from .studies import curve, groups, multiply_adds
+from .tables import paper_section
 
 #: Lines by order: this run, then each recorded training; they differ in lightness and in their markers.
 SERIES = [(COLORS["staa"], "s-"), (COLORS["lif"], "o--"), (COLORS["fsta"], "^-."), (COLORS["statten"], "d:")]
@@ -33,8 +34,9 @@ def over_setting(axes, series: Series) -> None:
 def figure3(series: Series) -> Figure:
     """Accuracy over the probability of TSRD, with what the paper's text says of it."""
     figure, axes = plt.subplots(figsize=(COLUMN, 3.1))
-    axes.axvspan(0, 0.3, color="0.92", lw=0, label="below 0.3: good in the paper")
-    axes.axvline(0.1, color=COLORS["ann"], lw=0.8, ls=":", label="0.1: best in the paper")
+    good, best = (paper_section("tsrd", "probability")[name] for name in ("good below", "best"))
+    axes.axvspan(0, float(good), color="0.92", lw=0, label=f"below {good}: good in the paper")
+    axes.axvline(float(best), color=COLORS["ann"], lw=0.8, ls=":", label=f"{best}: best in the paper")
     over_setting(axes, series)
     axes.set(xlabel="probability of TSRD", xlim=(-0.03, 1.03), xticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
     figure.legend(loc="outside upper center", ncols=1, borderpad=0)
@@ -42,17 +44,19 @@ def figure3(series: Series) -> Figure:
 
 
 def figure5(series: Series) -> Figure:
-    """Accuracy over r, and below what r costs in parameters and multiply-adds, against r = 4."""
+    """Accuracy over r, and below what r costs in parameters and multiply-adds, against the paper's r."""
+    best = paper_section("gc_r", "r")["best"]
     figure, (axes, cost) = plt.subplots(2, 1, figsize=(COLUMN, 3.9), sharex=True, height_ratios=(3, 2))
-    axes.axvline(4, color=COLORS["ann"], lw=0.8, ls=":", label="4: best in the paper")
+    axes.axvline(float(best), color=COLORS["ann"], lw=0.8, ls=":", label=f"{best}: best in the paper")
     over_setting(axes, series)
     rows = next(iter(series.values()))
     for label, line, number in (("parameters", "v-", lambda r: r.outcome["parameters"]),
                                 ("multiply-adds", "x--", multiply_adds)):
         counted = {float(r): number(found[0]) for r, found in rows.items()}
-        cost.plot(list(counted), [100 * n / counted.get(4.0, max(counted.values())) - 100 for n in counted.values()],
-                  line, ms=3.5, lw=0.9, color=COLORS["ann"], label=label)
-    cost.set(xlabel="scaling coefficient r of GC", ylabel="cost against\nr = 4, %", xscale="log")
+        base = counted.get(float(best), max(counted.values()))
+        cost.plot(list(counted), [100 * n / base - 100 for n in counted.values()], line, ms=3.5, lw=0.9,
+                  color=COLORS["ann"], label=label)
+    cost.set(xlabel="scaling coefficient r of GC", ylabel=f"cost against\nr = {best}, %", xscale="log")
     cost.legend()
     cost.set_xticks(ticks := [1, 2, 4, 8, 16], [str(r) for r in ticks])
     cost.minorticks_off()

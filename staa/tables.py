@@ -151,10 +151,10 @@ def vouched_setups(rows: list[tuple[str, dict]]) -> dict[str, list[Record]]:
     return found
 
 
-def paper_section(item: str) -> dict[str, str]:
-    """The accuracies that section 4 prints for an item of data/paper/sections.csv, by setting, digits as printed."""
+def paper_section(item: str, quantity: str = "accuracy") -> dict[str, str]:
+    """What section 4 prints for an item of data/paper/sections.csv, by setting, digits as printed."""
     rows = paper("sections")
-    return {r.setting: r.value for r in rows[(rows["item"] == item) & (rows.quantity == "accuracy")].itertuples()}
+    return {r.setting: r.value for r in rows[(rows["item"] == item) & (rows.quantity == quantity)].itertuples()}
 
 
 def figure2(runs: list[Record]) -> pd.DataFrame:
