@@ -35,7 +35,8 @@ def usable(x: Tensor, *numbers) -> bool:
     return (enabled and type(x) in (Tensor, nn.Parameter) and x.device.type in ("cpu", "cuda")
             and x.is_floating_point() and x.numel() > 0 and all(isinstance(n, (int, float)) for n in numbers)
             and not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-                     or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)))  # make_fx
+                     or not torch.compiler.is_compiling()
+                     and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)))  # make_fx
 
 
 def is_large(x: Tensor, channels: int = 64) -> bool:

@@ -68,7 +68,7 @@ class LIF(nn.Module):
         return self.surrogate.fire(u, *self.numbers()[2:])
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() < 2 or not len(x):
+        if x.dim() < 2:
             raise ValueError(f"{type(self).__name__} takes a current (T, B, ...), got one of shape {tuple(x.shape)}")
         if self.is_plain() and fused.usable(x, *self.numbers()) and not torch.compiler.is_compiling():
             return fused_lif.lif(x, self.numbers(), self.surrogate)

@@ -112,3 +112,18 @@ def test_the_readmes_results_are_the_records():
     table = results.results()
     expected = table.to_markdown(index=False, disable_numparse=True) if len(table) else "*No run is recorded yet.*"
     assert shown and shown[1].strip() == expected
+
+
+def test_the_readmes_sentences_on_results_are_those_of_the_records():
+    from staa import experiments, records, stats, studies, tables
+
+    text = " ".join((ROOT / "README.md").read_text().split())
+    steps = {found[0].config["epochs"]: studies.steps(found) for found in tables.vouched_setups(experiments.TABLE4).values()}
+    assert all(gain["all"].mean < 0 for gain in steps.values()), "in none of these runs does STAA beat LIF"
+    for epochs, gain in steps.items():
+        assert f"{-gain['all'].mean:.2f}" in text.partition("- In none of these runs")[2], epochs
+    fsta = experiments.fsta(experiments.Settings("cut", 3, {}))
+    found = {label: [records.find(c) for c in fsta if (c.neuron, c.neuron_settings) == (name, tables.full_settings(name, own))]
+             for label, (name, own) in experiments.FSTA.items()}
+    gain = stats.gain(found["FSTA"], found["FSTA's LIF"])
+    assert f"by {gain.mean:.2f} points (95 % interval of this comparison alone {gain.low:.2f} to {gain.high:+.2f}" in text

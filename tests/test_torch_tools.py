@@ -310,8 +310,3 @@ def test_make_fx_traces_a_neuron_with_its_parameters(name):
 def test_a_switch_that_is_text_is_refused(make, name):
     with pytest.raises(TypeError, match=f"^{name} must be True or False, got 'no'$"):
         make(**{name: "no"})
-
-
-def test_a_current_without_time_steps_is_refused():
-    with pytest.raises(ValueError, match="^LIF takes a current .T, B, .*, got one of shape .0, 2, 3.$"):
-        staa.LIF()(torch.empty(0, 2, 3))
