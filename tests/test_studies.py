@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_tables import record, rows
 
-from staa import Record, curves, plots, results, samples, stats, studies
+from staa import Config, Record, curves, plots, results, samples, stats, studies, tables
 from staa.data import load
 from staa.experiments import FIGURE3, FIGURE5, TABLE4, TABLE4_STEPS
 
@@ -83,13 +83,15 @@ def test_the_records_steps_stand_beside_this_runs(vouched):
 
 def test_what_the_readme_shows_says_which_row_was_trained_and_the_papers_number(vouched):
     for made in grid(TABLE4, dataset="cifar10", train_images=10_000, width=0.25):
-        full = Record(made.config, made.outcome | {"firing_rates": {"a": 0.1}}, made.provenance)
+        layers = tables.layer_sizes(Config.from_dict(made.config).but(seed=0), classes=10)
+        full = Record(made.config, made.outcome | {"firing_rates": dict.fromkeys(layers, 0.1)}, made.provenance)
         full.save(vouched / f"{len(list(vouched.glob('*')))}.json")
     table = results.results()
     assert len(table) == 6 and set(table["Dataset"]) == {"CIFAR-10"}
     shown = dict(zip(table["Neuron"], table["Paper"]))
     assert shown["STAA"] == "94.29 and 94.99 (section 4.3)"  # of CIFAR-10, as the records are
     assert shown["STAA, all blocks off: LIF"] == "72.30 on CIFAR-100 (Table 4)"
+    assert len(layers) == 19 and set(table["Firing rate"]) == {"0.100"}
     assert set(table["Training"]) == {"2 epochs, width 0.25, 10,000 images, lr 0.1, augmentation none"}
 
 
