@@ -122,6 +122,10 @@ def test_the_readmes_sentences_on_results_are_those_of_the_records():
     assert all(gain["all"].mean < 0 for gain in steps.values()), "in none of these runs does STAA beat LIF"
     for epochs, gain in steps.items():
         assert f"{-gain['all'].mean:.2f}" in text.partition("- In none of these runs")[2], epochs
+    sa = steps[3]["SA with TSRD"]
+    assert f"with TSRD, {-sa.mean:.2f} points after 3 epochs ({-sa.high:.2f} to {-sa.low:.2f})" in text
+    undecided = {epochs for epochs, gain in steps.items() if not gain["all"].beyond_chance}
+    assert undecided == {3, 24} and f"{-steps[12]['all'].high:.2f} to {-steps[12]['all'].low:.2f}, corrected" in text
     fsta = experiments.fsta(experiments.Settings("cut", 3, {}))
     found = {label: [records.find(c) for c in fsta if (c.neuron, c.neuron_settings) == (name, tables.full_settings(name, own))]
              for label, (name, own) in experiments.FSTA.items()}
