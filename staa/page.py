@@ -77,7 +77,7 @@ def executed_as_it_stands(notebook: Path) -> bool:
     """Whether every cell was executed, none with an error, and papermill injected no parameters: `make table1` leaves
     what it came to, with the parameters that it was given."""
     try:
-        cells = [c for c in json.loads(notebook.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
+        cells = [c for c in json.loads(notebook.read_text("utf-8"))["cells"] if c.get("cell_type") == "code"]
     except ValueError:
         return False
     return all(c["execution_count"] and "injected-parameters" not in c["metadata"].get("tags", [])

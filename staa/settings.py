@@ -37,7 +37,7 @@ def one_of(name: str, value, allowed: Iterable[str]) -> None:
 def likeliest(value, allowed: Iterable[str]) -> str:
     """A question after the one of the allowed names that was perhaps meant; nothing where none is like it."""
     plain = {name.lower().translate(PUNCTUATION): name for name in allowed}
-    close = difflib.get_close_matches(str(value).lower().translate(PUNCTUATION), plain, 1, cutoff=0.83)
+    close = difflib.get_close_matches(str(value).lower().translate(PUNCTUATION), plain, 1, cutoff=0.85)
     return f"; did you mean {plain[close[0]]}?" if close else ""
 
 
