@@ -256,8 +256,8 @@ class STAALIF(LIF):
         return dropped
 
     def _reference(self, x: Tensor, dropped: Tensor | None) -> Tensor:
-        zero = x.new_zeros(self.T, 1, self.channels, 1, 1)
-        pe_membrane, pe_output = (None if pe is None else pe(zero) for pe in (self.pe_membrane, self.pe_output))
+        pe_membrane, pe_output = (None if pe is None else pe(x.new_zeros(self.T, 1, self.channels, 1, 1))
+                                  for pe in (self.pe_membrane, self.pe_output))
         attended = self.attend(x)
         hm = torch.full_like(x[0], self.v_reset)
         spikes = []
