@@ -47,9 +47,8 @@ def typed(name: str, value, kind: type) -> Any:
         value = float(value) if abs(value) <= sys.float_info.max else math.inf
     if type(value) is not kind:
         hint = ""
-        if type(value) is str and kind is float:
-            hint = "; write 0.25 for 1/4" if "/" in value else "; in YAML write 1.0e-3 for 1e-3"
-            hint = hint if re.search("[0-9][/eE]", value) else ""
+        if type(value) is str and kind is float and (sign := re.search("[0-9]([/eE])", value)):
+            hint = "; write 0.25 for 1/4" if sign[1] == "/" else "; in YAML write 1.0e-3 for 1e-3"
         if type(value) is str and kind is dict:
             hint = '; write {"r": 8}, in a shell within quotes, or ' + f"{name}.r=8"
         words = {int: "a whole number", float: "a number", bool: "True or False", str: "text", dict: "a dictionary"}

@@ -23,7 +23,7 @@ from .networks import SpikingNetwork, build, skeleton
 from .records import Record, RecordError
 from .settings import ConfigError, reason
 
-#: A folder in the hub's manner: the weights, which hold the config too, and the config as a file to read.
+#: The weights in a run's folder; those in a folder in the hub's manner, and their config as a file to read.
 WEIGHTS, MODEL, CONFIG = "weights.safetensors", "model.safetensors", "config.json"
 #: The entry of a file's metadata: {"config": every setting, "classes": K, "sha256": of these two and the tensors}.
 ENTRY = "staa"

@@ -43,7 +43,7 @@ def test_a_log_file_has_each_line_when_it_is_printed(tmp_path):
     assert (tmp_path / "log").read_text() == "epoch 1\n"
 
 
-def test_help_names_every_setting_and_what_it_can_be(capsys):
+def test_help_names_every_setting_and_what_it_can_be():
     said = train.usage()
     for name in [*NETWORKS, *NEURONS, *data.DATASETS, *data.AUGMENTATIONS, 'epochs: int = 1']:
         assert name in said

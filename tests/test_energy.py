@@ -436,6 +436,19 @@ def test_at_the_break_even_rate_the_advantage_is_one(paper):
     assert lemaire.advantage(found.at_rate(even / 2), twin)[1] > 1 > lemaire.advantage(found.at_rate(even * 2), twin)[1]
 
 
+def test_what_real_numbers_add_to_potentials_would_take_the_advantage_away(paper):
+    """Where they were charged as spikes are, which read and write a potential for each weight that they meet: `energy`
+    tells both numbers, at the rate of the paper's 0.1 G ACs."""
+    found, twin = paper[2], energy.measure(energy.ann("resnet20"), [paper[1]])
+    found = found.at_rate(0.1e9 / (found.total("multiply_adds") - found.total("macs")))
+    ours, goal = (sum(lemaire.energy(measured).values()) for measured in (found, twin))
+    added = sum(2 * op.inputs * op.fan_out * lemaire.pj_per_access(op.outputs / found.T) for op in found.operations
+                if op.sees == "real numbers" and not op.in_neuron and op.what not in energy.ELEMENTWISE)
+    assert round(goal / ours, 2) == 1.12 and round(goal / (ours + 1e-9 * added), 2) == 0.97  # mJ, pJ
+    story = (records.ROOT / "notebooks" / "energy.ipynb").read_text()
+    assert "the 1.12 below would be 0.97" in story
+
+
 def test_the_figures_show_what_was_measured(paper):
     found = {"lif": paper[2].at_rate(0.1), "staa": paper[2]}
     *maps, lines, _ = plots.firing(found).axes  # the last one is the colour bar

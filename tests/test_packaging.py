@@ -130,4 +130,6 @@ def test_the_readmes_sentences_on_results_are_those_of_the_records():
     found = {label: [records.find(c) for c in fsta if (c.neuron, c.neuron_settings) == (name, tables.full_settings(name, own))]
              for label, (name, own) in experiments.FSTA.items()}
     gain = stats.gain(found["FSTA"], found["FSTA's LIF"])
+    rates = {f"{sum(map(tables.firing_rate, found[label])) / 3:.3f}" for label in ("FSTA", "FSTA's LIF")}
+    assert len(rates) == 1 and f"It fires as often ({rates.pop()})" in text
     assert f"by {gain.mean:.2f} points (95 % interval of this comparison alone {gain.low:.2f} to {gain.high:+.2f}" in text

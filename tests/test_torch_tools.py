@@ -305,8 +305,8 @@ def test_make_fx_traces_a_neuron_with_its_parameters(name):
     assert gradient(parameters, x).any()
 
 
-@pytest.mark.parametrize("make, name", [(lambda **own: STAALIF(8, 3, **own), "gc"), (lambda **own: STAALIF(8, 3, **own), "sa"),
-                                        (lambda **own: staa.fsta.FSTALIF(8, 3, **own), "temporal")])
-def test_a_switch_that_is_text_is_refused(make, name):
+@pytest.mark.parametrize("kind, name", [*((STAALIF, name) for name in ("gc", "pe", "sa")),
+                                        *((staa.fsta.FSTALIF, name) for name in ("temporal", "spatial"))])
+def test_a_switch_that_is_text_is_refused(kind, name):
     with pytest.raises(TypeError, match=f"^{name} must be True or False, got 'no'$"):
-        make(**{name: "no"})
+        kind(8, 3, **{name: "no"})
