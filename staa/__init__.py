@@ -10,6 +10,7 @@ from .firing import firing_rates, neurons
 from .fsta import FSTALIF
 from .networks import NETWORKS, NEURONS, build
 from .neuron import LIF
+from .readings import LeakySTAALIF
 from .records import Record
 from .settings import Error
 from .statten import STAttenLIF
@@ -21,9 +22,9 @@ from .weights import from_pretrained, load, save_pretrained
 warnings.filterwarnings("ignore", message="'staa.train' found in sys.modules", category=RuntimeWarning)
 
 __version__ = "0.1.0"
-__all__ = ["LIF", "STAALIF", "FSTALIF", "STAttenLIF", "PositionEncoding", "GlobalContext", "StepAttention",
-           "Surrogate", "rectangle", "build", "neurons", "firing_rates", "NETWORKS", "NEURONS", "Config", "Record",
-           "Error", "run", "load", "save_pretrained", "from_pretrained"]
+__all__ = ["LIF", "STAALIF", "LeakySTAALIF", "FSTALIF", "STAttenLIF", "PositionEncoding", "GlobalContext",
+           "StepAttention", "Surrogate", "rectangle", "build", "neurons", "firing_rates", "NETWORKS", "NEURONS",
+           "Config", "Record", "Error", "run", "load", "save_pretrained", "from_pretrained"]
 
 
 def __getattr__(name: str) -> ModuleType:

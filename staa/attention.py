@@ -13,14 +13,13 @@ TSRD falls back to. The blocks say what else is.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import fused, fused_staa
-from .neuron import LIF, over_time, unchanged
+from .neuron import LIF, over_time, unchanged, without_autocast
 from .settings import bounded, switches, unused, whole_numbers
 
 PE_KINDS = ("learned", "fixed")
@@ -71,11 +70,6 @@ def sinusoid(T: int, channels: int) -> Tensor:
     c = torch.arange(channels)
     angle = t * torch.exp(-math.log(10000.0) * (c - c % 2) / channels)
     return torch.where(c % 2 == 0, angle.sin(), angle.cos())
-
-
-def without_autocast(device: str) -> AbstractContextManager:
-    """Autocast switched off; on "meta", which has none, nothing."""
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 class Pointwise(nn.Conv2d):
@@ -172,6 +166,8 @@ class STAALIF(LIF):
     on channels, T or r that is no whole number, and on gc, pe or sa that is no bool.
     """
 
+    leaky = False  # whether Hm leaks before it is mixed or added: see `readings`
+
     def __init__(self, channels: int, T: int, *, gc: bool = True, pe: bool = True, sa: bool = True, r: int = 4,
                  alpha: float = 2.0, beta: float = 0.1, pe_kind: str = "learned", pe_place: str = "input", **lif):
         super().__init__(**lif)
@@ -193,7 +189,8 @@ class STAALIF(LIF):
         if not sa:
             unused(STAALIF, "the SA block, which is off (sa=False)", alpha=alpha)
         else:
-            unused(STAALIF, "eq. 1, in whose place SA computes (sa=True)", decay=self.decay, gain=self.gain)
+            leak = {} if self.leaky else {"decay": self.decay}
+            unused(STAALIF, "eq. 1, in whose place SA computes (sa=True)", gain=self.gain, **leak)
         self.channels, self.T, self.beta = channels, T, beta
 
         def encoding(*places):
@@ -213,10 +210,15 @@ class STAALIF(LIF):
             x = self.gc(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         return x
 
+    def carried(self, hm: Tensor) -> Tensor:
+        """What SA, and TSRD's addition, take of Hm[t-1]: all of it."""
+        return self.v_reset + self.decay * (hm - self.v_reset) if self.leaky else hm
+
     def mix(self, hm: Tensor, x: Tensor) -> Tensor:
         """U[t] from Hm[t-1] and X~[t]: eq. 14, or eq. 1 where SA is off."""
         if self.sa is None:
             return self.charge(hm, x)
+        hm = self.carried(hm)
         m = self.sa(hm, x)
         return m * hm + (self.sa.alpha - m) * x
 
@@ -265,7 +267,7 @@ class STAALIF(LIF):
             u = self.mix(hm if pe_membrane is None else hm + pe_membrane[t], xa_t)
             u = u if pe_output is None else u + pe_output[t]
             if dropped is not None:
-                u = torch.where(dropped[t], hm + x_t, u)
+                u = torch.where(dropped[t], self.carried(hm) + x_t, u)
             s, hm = self.fire(u)
             spikes.append(s)
         return over_time(spikes)
@@ -279,7 +281,7 @@ class STAALIF(LIF):
             for name in ("weight", "bias") if block else ():
                 if (p := getattr(module, name, None)) is not None:
                     parameters[f"{block}.{name}"] = p.to(kind).view(p.shape[:2])
-        return fused_staa.staa(x, parameters, kept, (alpha, *self.numbers()), self.surrogate)
+        return fused_staa.staa(x, parameters, kept, (alpha, *self.numbers()), self.leaky, self.surrogate)
 
     def is_plain(self) -> bool:
         """As in LIF; and every block is one of BLOCKS, unchanged and without hooks, since the fast path calls none."""
@@ -287,7 +289,7 @@ class STAALIF(LIF):
             return (type(m) in BLOCKS and "forward" not in m.__dict__ and getattr(m, "eps", 1e-5) == 1e-5 and not (
                 m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks))
 
-        return super().is_plain() and unchanged(self, STAALIF, "attend", "mix") and all(
+        return super().is_plain() and unchanged(self, STAALIF, "attend", "carried", "mix") and all(
             is_ours(m) for child in self.children() for m in child.modules())
 
     def extra_repr(self) -> str:

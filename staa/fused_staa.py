@@ -26,25 +26,26 @@ from .fused_lif import fire, fire_backward_in_place, reset
 from .surrogate import Surrogate
 
 
-def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers: tuple, surrogate: Surrogate) -> Tensor:
+def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers: tuple, leaky: bool,
+         surrogate: Surrogate) -> Tensor:
     """Spikes for the current x (T, B, C, H, W); the rest is as in `equations`."""
     space = axis_of_space(x)
     y = as_it_lies(x, space)
     if torch.compiler.is_compiling():                                             # the reader's own network
-        s = equations(y, space, kept, numbers, surrogate, parameters)
+        s = equations(y, space, kept, numbers, leaky, surrogate, parameters)
     elif compiles(x, x.shape[2]):
         kept = torch.ones(len(x), dtype=torch.bool, device=x.device) if kept is None else kept  # one graph for both
-        s = _Compiled.apply(y, space, kept, numbers, surrogate, tuple(parameters), *parameters.values())
+        s = _Compiled.apply(y, space, kept, numbers, leaky, surrogate, tuple(parameters), *parameters.values())
     elif is_large(x, x.shape[2]):
-        s = checkpoint(equations, y, space, kept, numbers, surrogate, parameters, use_reentrant=False,
+        s = checkpoint(equations, y, space, kept, numbers, leaky, surrogate, parameters, use_reentrant=False,
                        preserve_rng_state=False)
     else:
-        s = equations(y, space, kept, numbers, surrogate, parameters)
+        s = equations(y, space, kept, numbers, leaky, surrogate, parameters)
     return as_it_was(s, space, x.shape)
 
 
-def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, surrogate: Surrogate,
-              parameters: dict[str, Tensor]) -> Tensor:
+def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, leaky: bool,
+              surrogate: Surrogate, parameters: dict[str, Tensor]) -> Tensor:
     """Spikes for the current x as it lies. kept (T,): False where TSRD drops the aggregator. numbers: alpha, then those
     of `LIF`. parameters: those of the blocks that are there, by their names in `STAALIF`, (T, C), (out, in) or (C,).
     """
@@ -67,7 +68,10 @@ def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, sur
         q = F.layer_norm(q, q.shape[-1:], parameters["gc.norm.weight"], parameters["gc.norm.bias"]).relu()
         added = added + linear("gc.value", q)                                     # eqs. 8, 9
     sa = "sa.squeeze.weight" in parameters
-    total, rest = (alpha, 0.0) if sa else (decay + gain, v_reset * (1 - decay))
+    still = v_reset * (1 - decay)
+    total, rest = (alpha, 0.0) if sa else (decay + gain, still)
+    if sa and leaky:                                                              # decay Hm + still in Hm's place
+        pe_membrane = decay * pe_membrane + still
     # p (Hm + PE) + (total - p) X~ = p Hm + (total - p) X + total added + p (PE - added)
     seen, w, slope = mean + added + pe_membrane, total * added + pe_output + rest, pe_membrane - added
     hm, hm_mean, spikes = torch.zeros_like(x[0]) + v_reset, v_reset, []
@@ -77,10 +81,14 @@ def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, sur
     for t, (x_t, seen_t, w_t, slope_t) in enumerate(zip(x.unbind(), seen.unbind(), w.unbind(), slope.unbind())):
         p = zero[t] + decay
         if sa:                                                                    # (B, C), eq. 12
-            p = alpha * linear("sa.excite", linear("sa.squeeze", seen_t + hm_mean).relu()).sigmoid()
+            before = decay * hm_mean if leaky else hm_mean
+            p = alpha * linear("sa.excite", linear("sa.squeeze", seen_t + before).relu()).sigmoid()
         q, w_t = total - p, w_t + p * slope_t
+        if sa and leaky:
+            p = decay * p
         if kept is not None:
-            p, q, w_t = (torch.where(kept[t], n, dropped) for n, dropped in ((p, 1.0), (q, 1.0), (w_t, 0.0)))
+            plain = (decay, 1.0, still) if leaky else (1.0, 1.0, 0.0)
+            p, q, w_t = (torch.where(kept[t], n, dropped) for n, dropped in zip((p, q, w_t), plain))
         p, q, w_t = p.unsqueeze(space), q.unsqueeze(space), w_t.unsqueeze(space)
         s, hm, hm_mean = one_step(hm, x_t, p, q, w_t, space, surrogate, v_th, v_reset, *settings)
         spikes.append(s.to(dtype))
@@ -134,10 +142,10 @@ class _Step(torch.autograd.Function):
 
 class _Compiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, space, kept, numbers, surrogate, names, *values):
+    def forward(ctx, x, space, kept, numbers, leaky, surrogate, names, *values):
         numbers = constants(numbers, membrane_type(x), x.device)
         ctx.save_for_backward(x, *values)
-        ctx.how = space, kept, numbers, surrogate, names
+        ctx.how = space, kept, numbers, leaky, surrogate, names
         return _forward(x, *ctx.how, values)
 
     @staticmethod
@@ -146,17 +154,17 @@ class _Compiled(torch.autograd.Function):
         x, *values = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):  # as it was on the way forward, see `STAALIF`
             dx, dvalues = _backward(ds.contiguous(), x, *ctx.how, values)
-        return dx, *[None] * 5, *dvalues
+        return dx, *[None] * 6, *dvalues
 
 
 @lazy_compile
-def _forward(x, space, kept, numbers, surrogate, names, values):
-    return equations(x, space, kept, numbers.unbind(), surrogate, dict(zip(names, values)))
+def _forward(x, space, kept, numbers, leaky, surrogate, names, values):
+    return equations(x, space, kept, numbers.unbind(), leaky, surrogate, dict(zip(names, values)))
 
 
 @lazy_compile
-def _backward(ds, x, space, kept, numbers, surrogate, names, values):
-    gradient = torch.func.vjp(lambda x, values: equations(x, space, kept, numbers.unbind(), surrogate,
+def _backward(ds, x, space, kept, numbers, leaky, surrogate, names, values):
+    gradient = torch.func.vjp(lambda x, values: equations(x, space, kept, numbers.unbind(), leaky, surrogate,
                                                           dict(zip(names, values))), x, values)[1]
     return gradient(ds)
 

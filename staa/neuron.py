@@ -12,6 +12,8 @@ decay = 1 - 1/tau and gain = 1/tau (`LIF.from_tau`). The networks use 0.25 and 1
 Time is the first axis, and a neuron keeps nothing between calls: there is no state to reset.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -94,6 +96,11 @@ class LIF(nn.Module):
 def unchanged(neuron: nn.Module, kind: type, *methods: str) -> bool:
     """Whether these methods are those of `kind`, neither a subclass's nor the neuron's own."""
     return all(getattr(type(neuron), name) is getattr(kind, name) and name not in neuron.__dict__ for name in methods)
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Autocast switched off; on "meta", which has none, nothing."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def over_time(steps: list[Tensor]) -> Tensor:

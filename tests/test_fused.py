@@ -15,6 +15,7 @@ from staa import fused, fused_lif, fused_staa
 from staa.attention import STAALIF
 from staa.fsta import FSTALIF
 from staa.neuron import LIF
+from staa.readings import LeakySTAALIF
 from staa.statten import STAttenLIF
 from staa.surrogate import RECTANGLE, SIGMOID, Surrogate
 
@@ -202,6 +203,22 @@ def test_staa_compiled(channels_last, blocks):
     fused.WORTH_COMPILING = WAYS["compiled"]
     for shape in ((3, 2, 5, 4, 3), (2, 1, 1, 6, 5)):
         same(shaken(STAALIF(shape[2], shape[0], **blocks).double()), current(shape, channels_last=channels_last))
+
+
+@few
+@given(sizes, staa_settings, lif_settings, st.booleans())
+def test_staa_that_leaks(shape, blocks, numbers, channels_last):
+    fused.WORTH_COMPILING = WAYS["as it stands"]
+    leak = {"decay": numbers["decay"]} if "decay" in numbers else {}
+    settings = useful(blocks | numbers) | leak
+    same(shaken(LeakySTAALIF(shape[2], shape[0], **settings).double()), current(shape, channels_last=channels_last))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_staa_that_leaks_compiled(channels_last):
+    fused.WORTH_COMPILING = WAYS["compiled"]
+    for blocks in ({}, dict(decay=0.5, v_reset=-0.3, pe_place="both", beta=0.5), dict(sa=False, v_reset=-0.3, beta=0.5)):
+        same(shaken(LeakySTAALIF(5, 3, **blocks).double()), current((3, 2, 5, 4, 3), channels_last=channels_last))
 
 
 def test_staa_compiled_for_one_place():

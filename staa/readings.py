@@ -1,0 +1,20 @@
+"""Another reading of what is lost: eq. 14 on a potential that leaks.
+
+    Hm'[t-1] = V_reset + decay (Hm[t-1] - V_reset)                         (the leak of eq. 1)
+    M[t]     = alpha sigmoid(W_2 ReLU(W_1 avgpool(Hm'[t-1] + X~[t])))      (eq. 12)
+    U[t]     = M[t] Hm'[t-1] + N[t] X~[t],   N[t] = alpha - M[t]           (eqs. 6, 14)
+
+Whether Hm has leaked when M weighs it is lost with eqs. 1, 6 and 14; its words in the text, "the membrane potential
+after a spike trigger at the previous time step", fit both. `STAALIF` takes it as eq. 3 leaves it. With M = N = 1 a
+layer then starts as a neuron without leak, where the plain LIF of the same networks keeps a quarter of its potential.
+Here it starts as that LIF, which is also what TSRD falls back to.
+"""
+
+from .attention import STAALIF
+
+
+class LeakySTAALIF(STAALIF):
+    """`STAALIF` with Hm' in the place of Hm: in SA, in eq. 14 and where TSRD drops the aggregator. Without SA eq. 1, of
+    which the leak is a part, mixes as before. decay: the weight of the leak, 0.25 as in `LIF`, with SA too."""
+
+    leaky = True
