@@ -10,12 +10,12 @@ from .firing import firing_rates, neurons
 from .fsta import FSTALIF
 from .networks import NETWORKS, NEURONS, build
 from .neuron import LIF
-from .readings import LeakySTAALIF
 from .records import Record
 from .settings import Error
 from .statten import STAttenLIF
 from .surrogate import Surrogate, rectangle
 from .train import run
+from .variants import LeakySTAALIF
 from .weights import from_pretrained, load, save_pretrained
 
 # `python -m staa.train` warns that this file has imported staa.train already, which does no harm.

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from . import fused, fused_staa
 from .neuron import LIF, over_time, unchanged, without_autocast
-from .settings import bounded, switches, unused, whole_numbers
+from .settings import bounded, real_numbers, switches, unused, whole_numbers
 
 PE_KINDS = ("learned", "fixed")
 PE_PLACES = ("input", "membrane", "both", "output")
@@ -166,7 +166,7 @@ class STAALIF(LIF):
     on channels, T or r that is no whole number, and on gc, pe or sa that is no bool.
     """
 
-    leaky = False  # whether Hm leaks before it is mixed or added: see `readings`
+    leaky = False  # whether Hm leaks before it is mixed or added: see `variants`
 
     def __init__(self, channels: int, T: int, *, gc: bool = True, pe: bool = True, sa: bool = True, r: int = 4,
                  alpha: float = 2.0, beta: float = 0.1, pe_kind: str = "learned", pe_place: str = "input", **lif):
@@ -178,6 +178,7 @@ class STAALIF(LIF):
         bounded(alpha=alpha)
         if not alpha > 0:
             raise ValueError(f"alpha, the scaling factor of SA, must be above 0, got {alpha}")
+        real_numbers(beta=beta)
         if not 0 <= beta <= 1:
             raise ValueError(f"beta, the probability of TSRD, must be between 0 and 1, got {beta}")
         if pe_place not in PE_PLACES:
@@ -190,7 +191,7 @@ class STAALIF(LIF):
             unused(STAALIF, "the SA block, which is off (sa=False)", alpha=alpha)
         else:
             leak = {} if self.leaky else {"decay": self.decay}
-            unused(STAALIF, "eq. 1, in whose place SA computes (sa=True)", gain=self.gain, **leak)
+            unused(STAALIF, "eq. 1, in whose place SA computes (sa=True)", **leak, gain=self.gain)
         self.channels, self.T, self.beta = channels, T, beta
 
         def encoding(*places):

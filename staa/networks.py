@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from .attention import STAALIF
 from .fsta import FSTALIF
 from .neuron import LIF
-from .readings import LeakySTAALIF
 from .settings import ConfigError, one_of, reason, settings_of, typed
 
 #: Neurons by name. A new one is added here: any module built as `neuron(channels, T=T, **settings)`.
-NEURONS: dict[str, Callable[..., nn.Module]] = {"lif": LIF, "staa": STAALIF, "staa-leaky": LeakySTAALIF,
-                                              "fsta": FSTALIF}
+NEURONS: dict[str, Callable[..., nn.Module]] = {"lif": LIF, "staa": STAALIF, "fsta": FSTALIF}
 
 
 class Steps(nn.Sequential):

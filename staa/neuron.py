@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import fused, fused_lif
-from .settings import bounded
+from .settings import bounded, real_numbers
 from .surrogate import RECTANGLE, Surrogate
 
 
@@ -31,7 +31,8 @@ class LIF(nn.Module):
     v_th, v_reset: threshold and reset potential, in the unit of the current; the paper's threshold is 1.
     a: width of the surrogate's rectangle, eq. 5.
     Raises ValueError on decay outside [0, 1], a <= 0, v_th <= v_reset, a number beyond 1e30, and a current
-    without a batch; TypeError on a surrogate that is no `Surrogate`.
+    without a batch or a time step; TypeError on a setting that is no number, and on a surrogate that is no
+    `Surrogate`.
 
     A subclass may bring another `surrogate`, with its settings at the end of `numbers()`, and stays fast; one that
     writes `charge` or `fire` anew is computed as written.
@@ -42,6 +43,7 @@ class LIF(nn.Module):
     def __init__(self, channels: int | None = None, T: int | None = None, *, decay: float = 0.25, gain: float = 1.0,
                  v_th: float = 1.0, v_reset: float = 0.0, a: float = 1.0):
         super().__init__()
+        real_numbers(decay=decay)
         bounded(gain=gain, v_th=v_th, v_reset=v_reset, a=a)
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must be between 0 and 1, got {decay}")
@@ -72,6 +74,8 @@ class LIF(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() < 2:
             raise ValueError(f"{type(self).__name__} takes a current (T, B, ...), got one of shape {tuple(x.shape)}")
+        if not len(x):
+            raise ValueError(f"{type(self).__name__} takes at least one time step, got shape {tuple(x.shape)}")
         if self.is_plain() and fused.usable(x, *self.numbers()) and not torch.compiler.is_compiling():
             return fused_lif.lif(x, self.numbers(), self.surrogate)
         hm = torch.zeros_like(x[0], dtype=fused.membrane_type(x)) + self.v_reset

@@ -87,9 +87,17 @@ def settings_of(constructor: Callable) -> dict[str, tuple[type, Any]]:
     return found
 
 
-def bounded(**numbers: float) -> None:
+def real_numbers(**given: float) -> None:
+    """Refuse what is no number, as text or a switch."""
+    for name, value in given.items():
+        if isinstance(value, bool) or not hasattr(value, "__float__"):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def bounded(**given: float) -> None:
     """Refuse what is not finite, or too large to compute with."""
-    for name, value in numbers.items():
+    real_numbers(**given)
+    for name, value in given.items():
         if not abs(value) <= LARGEST:
             raise ValueError(f"{name} must be a finite number of at most 1e30 in size, got {value}")
 

@@ -15,9 +15,9 @@ from staa import fused, fused_lif, fused_staa
 from staa.attention import STAALIF
 from staa.fsta import FSTALIF
 from staa.neuron import LIF
-from staa.readings import LeakySTAALIF
 from staa.statten import STAttenLIF
 from staa.surrogate import RECTANGLE, SIGMOID, Surrogate
+from staa.variants import LeakySTAALIF
 
 #: Compiling takes seconds, so the properties are tried on the functions as they stand, and compiled on fewer shapes.
 WAYS = {"as it stands": 2 ** 60, "compiled": 0}

@@ -128,6 +128,24 @@ def test_a_current_without_a_batch_is_refused():
         LIF()(torch.zeros(4))
 
 
+@pytest.mark.parametrize("neuron", [LIF(), STAttenLIF()])
+def test_a_current_without_a_time_step_is_refused(neuron):
+    with pytest.raises(ValueError, match=r"^\w+LIF takes at least one time step, got shape \(0, 2, 3\)$|^LIF takes at least"):
+        neuron(torch.zeros(0, 2, 3))
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: LIF(decay="0.5"), "decay must be a number, got '0.5'"), (lambda: LIF(v_th=None), "v_th must be a number, got None"),
+    (lambda: LIF(gain=True), "gain must be a number, got True"), (lambda: LIF.from_tau("2"), "tau must be a number, got '2'"),
+    (lambda: STAALIF(8, 4, beta="0.1"), "beta must be a number, got '0.1'"),
+    (lambda: STAALIF(8, 4, alpha=[2.0]), r"alpha must be a number, got \[2.0\]"),
+    (lambda: FSTALIF(8, 4, slope="1"), "slope must be a number, got '1'"),
+    (lambda: STAttenLIF(tau="2"), "tau must be a number, got '2'")])
+def test_a_setting_that_is_no_number(make, words):
+    with pytest.raises(TypeError, match=f"^{words}$"):
+        make()
+
+
 def test_bad_tau():
     with pytest.raises(ValueError, match="tau must be at least 1"):
         LIF.from_tau(0.5)

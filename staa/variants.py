@@ -1,4 +1,4 @@
-"""Another reading of what is lost: eq. 14 on a potential that leaks.
+"""A variant of the STAA neuron, another reading of what is lost: eq. 14 on a potential that leaks.
 
     Hm'[t-1] = V_reset + decay (Hm[t-1] - V_reset)                         (the leak of eq. 1)
     M[t]     = alpha sigmoid(W_2 ReLU(W_1 avgpool(Hm'[t-1] + X~[t])))      (eq. 12)
@@ -11,6 +11,7 @@ Here it starts as that LIF, which is also what TSRD falls back to.
 """
 
 from .attention import STAALIF
+from .networks import NEURONS
 
 
 class LeakySTAALIF(STAALIF):
@@ -18,3 +19,6 @@ class LeakySTAALIF(STAALIF):
     which the leak is a part, mixes as before. decay: the weight of the leak, 0.25 as in `LIF`, with SA too."""
 
     leaky = True
+
+
+NEURONS["staa-leaky"] = LeakySTAALIF
