@@ -1,6 +1,7 @@
 """The one style of every figure, and how a figure gets to disk."""
 
 import io
+import textwrap
 from typing import Any
 
 import matplotlib as mpl
@@ -170,8 +171,16 @@ def cam_rows(found: dict[str, dict[str, np.ndarray]], outline: np.ndarray | None
     return figure
 
 
-def save(figure: Figure, name: str) -> None:
-    """figures/NAME.pdf and .png, each whole or not at all; the same figure gives the same bytes."""
+def save(figure: Figure, name: str, note: str = "") -> None:
+    """figures/NAME.pdf and .png, each whole or not at all; the same figure gives the same bytes. note: stands under
+    the figure, which grows for it: what its numbers stand on, since a picture leaves its notebook."""
+    if note:
+        lines = textwrap.wrap(note, int(22 * figure.get_figwidth()))
+        room = 0.05 + 0.1 * len(lines)
+        height = figure.get_figheight() + room
+        figure.set_figheight(height)
+        figure.set_layout_engine("constrained", rect=(0, room / height, 1, 1 - room / height))
+        figure.text(0.01, 0.04 / height, "\n".join(lines), fontsize=6, color=COLORS["ann"])
     for ending, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
         content = io.BytesIO()
         figure.savefig(content, format=ending, metadata=metadata)

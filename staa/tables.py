@@ -219,6 +219,17 @@ def training(record: Record) -> str:
     return f"{c['epochs']} epochs, width {c['width']:g}, {record.outcome['train_images']:,} images"
 
 
+def trained_on(runs: list[Record]) -> str:
+    """What the numbers of a figure stand on, in a line under it: data, networks and training of these runs."""
+    def each(text):
+        return " and ".join(dict.fromkeys(map(text, runs)))
+
+    seeds = len({run.config["seed"] for run in runs})
+    return "; ".join([each(lambda run: NAMES.get(run.config["dataset"], run.config["dataset"])),
+                      each(lambda run: ARCHITECTURES.get(run.config["network"], run.config["network"])),
+                      each(training), f"{seeds} seed{'s' * (seeds > 1)}"])
+
+
 def energy(found: dict[str, Measurement]) -> pd.DataFrame:
     """Section 4.5 for one image: the paper's numbers as printed, and one column a measured network, by its label."""
     printed = {row.quantity: f"{row.value} {row.unit}" for row in paper("sections").itertuples()

@@ -176,6 +176,14 @@ def test_the_header_counts_the_runs_that_learned_nothing():
     assert "up to 12.0 %: none of 1 runs." in tables.header(Settings("smoke", 1, {}), runs[3:])
 
 
+def test_a_figure_says_what_its_numbers_stand_on():
+    found = [record(50.0, dataset="cifar10", network=network, T=4, neuron="staa", width=0.5, epochs=2, seed=seed)
+             for network in ("resnet19", "resnet20") for seed in (0, 1, 2)]
+    assert tables.trained_on(found) == "CIFAR-10; ResNet-19 and ResNet-20; 2 epochs, width 0.5, 50,000 images; 3 seeds"
+    small = record(50.0, dataset="digits", network="vgg13", neuron="lif", train_images=720)
+    assert tables.trained_on([small]) == "digits; VGG-13; 1 epochs, width 1, 720 images; 1 seed"
+
+
 def test_a_printed_number_stands_beside_its_own_time_steps_only():
     """The abstract's two numbers are ResNet-19's at T = 4."""
     def printed(**settings):
