@@ -1,4 +1,4 @@
-"""Figures 3 and 5 and convergence: accuracy over a setting, and loss and accuracy over epochs."""
+"""Figures 3 and 5, convergence and the leak: accuracy over a setting, and loss and accuracy over epochs."""
 
 import itertools
 import math
@@ -8,10 +8,10 @@ import textwrap
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from .experiments import CONVERGENCE
+from .experiments import CONVERGENCE, LEAK
 from .plots import COLORS, COLUMN, PAGE
 from .records import Record
-from .studies import curve, groups, multiply_adds
+from .studies import curve, groups, leak_rows, multiply_adds
 from .tables import paper_section
 
 #: Lines by order: this run, then each recorded training; they differ in lightness and in their markers.
@@ -61,6 +61,25 @@ def figure5(series: Series) -> Figure:
     cost.set_xticks(ticks := [1, 2, 4, 8, 16], [str(r) for r in ticks])
     cost.minorticks_off()
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=1, borderpad=0)
+    return figure
+
+
+def leak(found: dict[str, list[Record]]) -> Figure:
+    """Accuracy of each part of the aggregator with the leak and without, a panel a training; bars are standard
+    deviations over seeds, and a part that a training lacks has no mark."""
+    figure, panels = plt.subplots(1, len(found), figsize=(PAGE, 2.8), sharey=True, squeeze=False)
+    kinds = [("leak", COLORS["staa"], "s"), ("no leak", COLORS["lif"], "o")]
+    for axes, (name, records) in zip(panels[0], found.items()):
+        for k, (kind, color, mark) in enumerate(kinds):
+            values = {i: [r.accuracy for r in pair[k]] for i, pair in enumerate(leak_rows(records).values()) if pair[k]}
+            axes.errorbar([i + 0.12 * k for i in values], [statistics.mean(v) for v in values.values()],
+                          [statistics.stdev(v) if len(v) > 1 else 0 for v in values.values()], fmt=mark, ms=4,
+                          color=color, capsize=2, label=kind)
+        axes.axhline(100 / records[0].outcome["classes"], color=COLORS["threshold"], lw=0.8, zorder=0)
+        axes.set(title=textwrap.fill(name, 96 // len(found)), xlim=(-0.3, len(LEAK) - 0.6))
+        axes.set_xticks(range(len(LEAK)), [part.replace(" + ", "\n+ ") for part in LEAK])
+    panels[0][0].set_ylabel("test accuracy, %")
+    figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 

@@ -51,7 +51,8 @@ def rank(group: list[Record]) -> tuple:
 def printed(config: dict) -> str:
     """The paper's accuracy, trained its own way, for this network, T and neuron: section 4.3's for its dataset, else a
     row of Table 4, or of Table 1."""
-    if all(config[name] == value for name, value in ABLATED.items()):
+    readings = [{}, {"neuron": "staa-leaky"}]  # of the same lost formula
+    if any(all(config[name] == value for name, value in (ABLATED | other).items()) for other in readings):
         sections = [(FIGURE2, "pe_place"), (POSITION_ENCODING, "pe_kind")] if config["dataset"] == "cifar10" else []
         texts = [paper_section(item)[label] for rows, item in sections for label, row in rows
                  if config["neuron_settings"] == full_settings("staa", row) and label in paper_section(item)]

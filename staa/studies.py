@@ -5,13 +5,25 @@ import statistics
 import pandas as pd
 import torch
 
-from . import stats
+from . import records, stats
 from .config import Config
 from .data import describe
 from .energy import measure
-from .experiments import CONVERGENCE, FIGURE3, FIGURE5, TABLE2, TABLE4, TABLE4_STEPS
+from .experiments import ABLATED, CONVERGENCE, FIGURE3, FIGURE5, LEAK, TABLE2, TABLE4, TABLE4_STEPS
 from .records import Record
-from .tables import ARCHITECTURES, LOST, ablation, count, mean_sd, paper, recorded, select, vouched_setups
+from .tables import (
+    ARCHITECTURES,
+    LOST,
+    ablation,
+    count,
+    mean_and_n,
+    mean_sd,
+    paper,
+    recorded,
+    select,
+    setups,
+    vouched_setups,
+)
 from .weights import new_network
 
 Rows = list[tuple[str, dict]]
@@ -31,7 +43,7 @@ def series(rows: Rows, runs: list[Record]) -> dict[str, dict[str, list[Record]]]
 
     this = f"this run: {runs[0].config['dataset']}, {seeds(runs)}"
     return {this: groups(rows, runs)} | {f"recorded: {name}, {seeds(found)}": groups(rows, found)
-                                         for name, found in vouched_setups(rows).items()}
+                                         for name, found in vouched_setups(rows, runs).items()}
 
 
 def table2(runs: list[Record]) -> pd.DataFrame:
@@ -85,15 +97,22 @@ def table4_steps(runs: list[Record]) -> pd.DataFrame:
     """What each block adds: the paper's difference, the records' and this run's, with interval and p-value."""
     printed = {label: float(line.accuracy) for (label, _), line in zip(TABLE4, paper("table4").itertuples())}
     lines = []
-    found = {f"Recorded: {name}": steps(rs) for name, rs in vouched_setups(TABLE4).items()} | {"This run": steps(runs)}
+    found = {f"Recorded: {name}": steps(rs) for name, rs in vouched_setups(TABLE4, runs).items()}
+    found["This run"] = steps(runs)
     for name, (after, before) in TABLE4_STEPS.items():
         line = {"Block": name, "From": before, "To": after, "Paper": f"{printed[after] - printed[before]:+.2f}"}
-        for head, gains in found.items():
-            gain = gains[name]
-            line[f"{head}: gain [95 %]"] = str(gain) if gain else "not run"
-            line[f"{head}: p"] = f"{gain.p:.3f}" if gain and gain.p is not None else "-"
-        lines.append(line)
+        lines.append(line | tested(found, name))
     return pd.DataFrame(lines)
+
+
+def tested(found: dict[str, dict[str, stats.Gain | None]], name: str) -> dict[str, str]:
+    """A gain's columns: with its interval and p-value, from each of these sources."""
+    line = {}
+    for head, gains in found.items():
+        gain = gains[name]
+        line[f"{head}: gain [95 %]"] = str(gain) if gain else "not run"
+        line[f"{head}: p"] = f"{gain.p:.3f}" if gain and gain.p is not None else "-"
+    return line
 
 
 def figure3(runs: list[Record]) -> pd.DataFrame:
@@ -143,6 +162,44 @@ def convergence(runs: list[Record]) -> pd.DataFrame:
                       "Seconds an epoch": f"{seconds(found):.1f}",
                       "Seconds to that loss": f"{reached * seconds(found):.1f}"})
     return pd.DataFrame(lines)
+
+
+def leak_rows(found: list[Record]) -> dict[str, tuple[list[Record], list[Record]]]:
+    """The records of each part of the aggregator, with the leak and without it."""
+    return {part: (select(found, neuron=a, neuron_settings=own), select(found, neuron=b, neuron_settings=other))
+            for part, ((a, own), (b, other)) in LEAK.items()}
+
+
+def vouched_leaks() -> dict[str, list[Record]]:
+    """The project's records of the rows of LEAK, by their training."""
+    vouched = records.vouched()
+    return setups([record for pair in LEAK.values() for neuron, own in pair
+                   for record in select(vouched, **ABLATED | {"neuron": neuron}, neuron_settings=own)])
+
+
+def leak_gains(found: list[Record]) -> dict[str, stats.Gain | None]:
+    """What the leak gives each part, and what the whole aggregator gives LIF in each of the two readings of eq. 14, the
+    second of them against the LIF of the paper's networks, which leaks; the intervals hold together (Bonferroni)."""
+    rows = leak_rows(found)
+    (lif, _), (leaking, as_read) = rows["LIF"], rows["GC + PE + SA + TSRD"]
+    pairs = {f"leak in {part}": pair for part, pair in rows.items()}
+    pairs |= {"STAA that leaks over LIF": (leaking, lif), "STAA over LIF": (as_read, lif)}
+    return {name: stats.gain(after, before, len(pairs)) for name, (after, before) in pairs.items()}
+
+
+def leak(runs: list[Record]) -> pd.DataFrame:
+    """Test accuracy of each part with the leak and without, in the records by their training and in this run."""
+    found = {f"Recorded: {name}": rs for name, rs in vouched_leaks().items()} | {"This run": runs}
+    kinds = list(enumerate(("leak", "no leak")))
+    return pd.DataFrame([{"Neuron": part} | {f"{head}: {kind}": mean_and_n(leak_rows(rs)[part][k])
+                                             for head, rs in found.items() for k, kind in kinds} for part in LEAK])
+
+
+def leak_differences(runs: list[Record]) -> pd.DataFrame:
+    """`leak_gains` of the records by their training and of this run, with the p-value of each by itself."""
+    found = {f"Recorded: {name}": rs for name, rs in vouched_leaks().items()} | {"This run": runs}
+    gains = {head: leak_gains(rs) for head, rs in found.items()}
+    return pd.DataFrame([{"Gain": name} | tested(gains, name) for name in gains["This run"]])
 
 
 def tsrd_seconds(runs: list[Record]) -> str:

@@ -4,6 +4,7 @@ import html
 import json
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -119,9 +120,9 @@ def ablation(rows: list[tuple[str, dict]], paper: dict[str, str], dataset: str, 
     """An ablation's rows, (label, neuron_settings): the paper's numbers by label, the project's records of its network
     and T, a column for each way they were trained, and the runs of this notebook with their number of parameters."""
     configs = [run.config for run in runs]
-    setups = vouched_setups(rows) or {LABELS[dataset]: []}
+    vouched = vouched_setups(rows, runs) or {LABELS[dataset]: []}
     heads = dict.fromkeys(f"{c['dataset']}, {ARCHITECTURES.get(c['network'], c['network'])}, T = {c['T']}"
-                          for c in configs)
+                          + f", {c['neuron']}" * (c["neuron"] != ABLATED["neuron"]) for c in configs)
     lines = []
     for label, settings in rows:
         own = select(runs, neuron_settings=settings)
@@ -129,26 +130,31 @@ def ablation(rows: list[tuple[str, dict]], paper: dict[str, str], dataset: str, 
                       "Neuron settings": ", ".join(f"{name} = {value}" for name, value in settings.items()),
                       f"Paper: {LABELS[dataset]}": paper.get(label, LOST)}
                      | {f"Recorded: {name}": mean_and_n(select(rs, neuron_settings=settings)) if rs else "no record"
-                        for name, rs in setups.items()}
+                        for name, rs in vouched.items()}
                      | {f"This run: {head}": mean_sd(own) for head in heads}
                      | {"Parameters": f"{own[0].outcome['parameters']:,}" if own else "not run"})
     return pd.DataFrame(lines)
 
 
-def vouched_setups(rows: list[tuple[str, dict]]) -> dict[str, list[Record]]:
-    """The project's records of an ablation's rows by what they share: dataset and training in words, widest first."""
-    groups, vouched = defaultdict(list), records.vouched()
-    for _, settings in rows:
-        for record in select(vouched, **ABLATED, neuron_settings=settings):
-            c = LATER | record.config
-            rest = json.dumps({k: v for k, v in c.items() if k not in ("seed", "neuron_settings")}, sort_keys=True)
-            groups[c["width"], record.outcome["train_images"], c["epochs"], rest].append(record)
-    found: dict[str, list[Record]] = {}
+def vouched_setups(rows: list[tuple[str, dict]], runs: Sequence[Record] = ()) -> dict[str, list[Record]]:
+    """The project's records of an ablation's rows, with the neuron of these runs or else STAA, by their `setups`."""
+    vouched = select(records.vouched(), **ABLATED | ({"neuron": runs[0].config["neuron"]} if runs else {}))
+    return setups([record for _, settings in rows for record in select(vouched, neuron_settings=settings)])
+
+
+def setups(found: list[Record]) -> dict[str, list[Record]]:
+    """Records by what all but their neurons and seeds share: dataset and training in words, widest first."""
+    groups = defaultdict(list)
+    for record in found:
+        c = LATER | record.config
+        rest = json.dumps(c | dict.fromkeys(("seed", "neuron", "neuron_settings")), sort_keys=True)
+        groups[c["width"], record.outcome["train_images"], c["epochs"], rest].append(record)
+    named: dict[str, list[Record]] = {}
     for key in sorted(groups, reverse=True):
         first = groups[key][0]
         name = f"{NAMES.get(first.config['dataset'], first.config['dataset'])}, {training(first)}"
-        found[name if name not in found else f"{name}, lr {first.config['lr']:g}, no. {len(found) + 1}"] = groups[key]
-    return found
+        named[name if name not in named else f"{name}, lr {first.config['lr']:g}, no. {len(named) + 1}"] = groups[key]
+    return named
 
 
 def paper_section(item: str, quantity: str = "accuracy") -> dict[str, str]:
@@ -221,13 +227,11 @@ def training(record: Record) -> str:
 
 def trained_on(runs: list[Record]) -> str:
     """What the numbers of a figure stand on, in a line under it: data, networks and training of these runs."""
-    def each(text):
-        return " and ".join(dict.fromkeys(map(text, runs)))
-
+    names = [[names.get(run.config[what], run.config[what]) for run in runs]
+             for what, names in (("dataset", NAMES), ("network", ARCHITECTURES))]
     seeds = len({run.config["seed"] for run in runs})
-    return "; ".join([each(lambda run: NAMES.get(run.config["dataset"], run.config["dataset"])),
-                      each(lambda run: ARCHITECTURES.get(run.config["network"], run.config["network"])),
-                      each(training), f"{seeds} seed{'s' * (seeds > 1)}"])
+    return "; ".join([*(" and ".join(dict.fromkeys(each)) for each in [*names, list(map(training, runs))]),
+                      f"{seeds} seed{'s' * (seeds > 1)}"])
 
 
 def energy(found: dict[str, Measurement]) -> pd.DataFrame:

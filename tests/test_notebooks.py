@@ -12,7 +12,7 @@ NOTEBOOKS = sorted((records.ROOT / "notebooks").glob("*.ipynb"))
 #: Parameters that an item may lack, because its grid varies them itself. None yet.
 VARIED: dict[str, set[str]] = {}
 #: Notebooks that compare few rows, and so ask for several seeds as they stand.
-SEVERAL_SEEDS = {"position_encoding", "table4", "convergence"}
+SEVERAL_SEEDS = {"position_encoding", "table4", "convergence", "leak"}
 #: The story of the formulas: it takes more cells, defines functions, and has no parameters, since it makes no run.
 STORY = "derivation"
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_tables import record, rows
 
-from staa import Config, Record, curves, plots, results, samples, stats, studies, tables
+from staa import Config, Record, curves, experiments, plots, results, samples, stats, studies, tables
 from staa.data import load
-from staa.experiments import FIGURE3, FIGURE5, TABLE4, TABLE4_STEPS
+from staa.experiments import FIGURE3, FIGURE5, LEAK, TABLE4, TABLE4_STEPS, Settings, leak
 
 
 @pytest.fixture(autouse=True)
@@ -181,6 +181,58 @@ def test_a_figure_draws_every_row_and_every_training(vouched, draw, table):
     legend, page = figure.legends[0].get_window_extent(), figure.bbox
     assert page.x0 <= legend.x0 and legend.x1 <= page.x1 and legend.y1 <= page.y1, "the legend leaves the page"
     plt.close(figure)
+
+
+def leaks(folder=None, **settings):
+    """Three seeds of each part: with the leak 60 + 10 i, without it 2 less, and a little by seed."""
+    return [record(60.0 + 10 * i - 2 * k + seed * (1 + k) / 10, folder, neuron=neuron, neuron_settings=own, seed=seed, T=4,
+                   network="resnet20", **settings)
+            for i, pair in enumerate(LEAK.values()) for k, (neuron, own) in enumerate(pair) for seed in range(3)]
+
+
+def test_the_leak_stands_beside_its_absence(vouched):
+    leaks(vouched, dataset="cifar10", width=0.25)
+    record(1.0, vouched, neuron="lif", network="resnet20", dataset="cifar10", width=0.25)  # the row is STAA's without blocks
+    runs = leaks()[:-3]  # STAA without a leak was not run
+    table = studies.leak(runs).set_index("Neuron")
+    head = "Recorded: CIFAR-10, 1 epochs, width 0.25, 50,000 images"
+    assert table[f"{head}: leak"].tolist() == [f"{60 + 10 * i}.10 ± 0.10 (n=3)" for i in range(3)]
+    assert table[f"{head}: no leak"].tolist() == [f"{58 + 10 * i}.20 ± 0.20 (n=3)" for i in range(3)]
+    assert table["This run: no leak"].tolist() == ["58.20 ± 0.20 (n=3)", "68.20 ± 0.20 (n=3)", "not run"]
+
+    gains = studies.leak_differences(runs).set_index("Gain")
+    each = str(stats.paired([2.0, 1.9, 1.8], tests=5))
+    assert gains[f"{head}: gain [95 %]"].tolist() == [
+        *[each] * 3, str(stats.paired([20.0] * 3, 5)), str(stats.paired([18.0, 18.1, 18.2], 5))]
+    assert gains["This run: gain [95 %]"].tolist()[2:] == ["not run", str(stats.paired([20.0] * 3, 5)), "not run"]
+
+    figure = curves.leak({"recorded": leaks(), "this run": runs})
+    drawn = [[list(bar.lines[0].get_ydata()) for bar in axes.containers] for axes in figure.axes]
+    assert drawn[0] == [pytest.approx([60.1, 70.1, 80.1]), pytest.approx([58.2, 68.2, 78.2])]
+    assert drawn[1] == [pytest.approx([60.1, 70.1, 80.1]), pytest.approx([58.2, 68.2])], "a gap where nothing was run"
+    plt.close(figure)
+
+
+def test_the_runs_of_the_leak_are_its_rows_and_three_of_them_table_4s():
+    configs = leak(Settings("cut", 2, {}))
+    assert len(configs) == 12 and {(c.dataset, c.network, c.T, c.width) for c in configs} == {("cifar10", "resnet20", 4, 0.25)}
+    assert [c.neuron for c in configs[::2]] == ["staa", "lif", "staa", "staa", "staa-leaky", "staa"]
+    assert len(set(configs) & set(experiments.table4(Settings("cut", 2, {})))) == 6
+    assert {c.dataset for c in leak(Settings("paper", 1, {}))} == {"cifar100"}
+
+
+def test_an_ablation_of_another_reading_stands_beside_its_own_records(vouched):
+    grid(TABLE4, vouched, dataset="cifar10", T=4, network="resnet20")
+    grid(TABLE4[-1:], vouched, dataset="cifar100", T=4, network="resnet20", neuron="staa-leaky")
+    runs = grid(TABLE4, neuron="staa-leaky")
+    table = studies.table4(runs).set_index("Row")
+    (recorded,) = [name for name in table if name.startswith("Recorded")]
+    assert recorded == "Recorded: CIFAR-100, 2 epochs, width 1, 50,000 images"
+    assert table[recorded].tolist() == ["not run"] * 5 + ["50.10 ± 0.10 (n=3)"]
+    assert "This run: digits, ResNet-20, T = 4, staa-leaky" in table
+    assert [name for name in studies.table4_steps(runs) if name.startswith("Recorded")] == [
+        f"{recorded}: gain [95 %]", f"{recorded}: p"]
+    assert list(studies.series(TABLE4, runs))[1:] == ["recorded: CIFAR-100, 2 epochs, width 1, 50,000 images, 3 seeds"]
 
 
 def test_convergence_draws_three_lines_of_means():

@@ -205,6 +205,14 @@ def test_what_section_4_3_says_of_cifar10_stands_beside_the_ablations_of_resnet2
     assert printed("cifar100") == "75.10 on CIFAR-100 (Table 4)"
 
 
+def test_both_readings_of_eq_14_stand_beside_the_papers_number():
+    texts = [results.printed(record(50.0, dataset="cifar10", network="resnet20", T=4, neuron=neuron).config)
+             for neuron in ("staa", "staa-leaky", "fsta")]
+    assert texts == ["94.29 and 94.99 (section 4.3)"] * 2 + ["none"]
+    made = record(50.0, dataset="cifar10", neuron="staa-leaky", neuron_settings={"decay": 0.5})
+    assert results.own_settings(made.config) == "STAA-LEAKY, decay = 0.5"
+
+
 def test_of_a_network_that_the_paper_does_not_have_no_number_is_printed():
     for neuron in ("staa", "statten"):
         config = record(0.0, dataset="cifar10", network="statten-2-256", neuron=neuron, T=4).config
