@@ -6,10 +6,10 @@
 
 and then the neuron fires and resets as ever (eqs. 2, 3). The formulas are lost in our source of the paper. Its text
 gives the blocks and their order; their inner form follows the literature it cites (GCNet for GC, squeeze-and-excitation
-for the gate). Three things above all are our reading. GC sees the current X, real numbers, where the text says "spiking
-input". SA pools Hm[t-1] and X~[t], where the text says "the spatially aggregated feature input" at two time steps. And
+for the gate). Four things above all are our reading. GC sees the current X, real numbers, where the text says "spiking
+input". SA pools Hm[t-1] and X~[t], where the text says "the spatially aggregated feature input" at two time steps.
 N = alpha - M, with a fixed alpha: with the gate at 1/2 and alpha 2 the aggregator starts as the plain addition that
-TSRD falls back to. The blocks say what else is.
+TSRD falls back to. And M weighs all of Hm: `variants` reads it as a potential that has leaked. The blocks say the rest.
 """
 
 import math

@@ -69,7 +69,7 @@ def figure1(neuron: STAALIF, x: Tensor) -> Figure:
 
     neuron: a STAALIF with all blocks on and PE at its input; x: (T, B, C, H, W). Raises ValueError for another neuron.
     """
-    if not isinstance(neuron, STAALIF) or None in (neuron.pe_input, neuron.gc, neuron.sa):
+    if not isinstance(neuron, STAALIF) or neuron.leaky or None in (neuron.pe_input, neuron.gc, neuron.sa):
         raise ValueError(f"Figure 1 needs a STAALIF with gc, sa and PE at its input, got {neuron}")
     always = copy.deepcopy(neuron).train()
     always.beta = 1.0  # every time step bypasses the aggregator

@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 
-from staa import LIF, STAALIF, diagrams, plots
+from staa import LIF, STAALIF, LeakySTAALIF, diagrams, plots
 from staa.experiments import FIGURE2
 
 
@@ -99,7 +99,8 @@ def test_drawing_leaves_the_neuron_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in neuron.modules()), "not even where it fails"
 
 
-@pytest.mark.parametrize("neuron", [LIF(), STAALIF(8, 3, gc=False), STAALIF(8, 3, pe_place="output")])
+@pytest.mark.parametrize("neuron", [LIF(), STAALIF(8, 3, gc=False), STAALIF(8, 3, pe_place="output"),
+                                    LeakySTAALIF(8, 3)])
 def test_figure_1_of_another_neuron_is_refused(neuron):
     with pytest.raises(ValueError, match="Figure 1 needs a STAALIF with gc, sa and PE at its input"):
         diagrams.figure1(neuron, torch.randn(3, 2, 8, 4, 4))
