@@ -212,7 +212,7 @@ class STAALIF(LIF):
         return x
 
     def carried(self, hm: Tensor) -> Tensor:
-        """What SA, and TSRD's addition, take of Hm[t-1]: all of it."""
+        """What SA, and TSRD's addition, take of Hm[t-1]: all of it, or where `leaky` what the leak of eq. 1 leaves."""
         return self.v_reset + self.decay * (hm - self.v_reset) if self.leaky else hm
 
     def mix(self, hm: Tensor, x: Tensor) -> Tensor:
@@ -294,5 +294,6 @@ class STAALIF(LIF):
             is_ours(m) for child in self.children() for m in child.modules())
 
     def extra_repr(self) -> str:
-        own = super().extra_repr() if self.sa is None else f"v_th={self.v_th}, v_reset={self.v_reset}, a={self.a}"
+        without_eq_1 = self.sa is not None and not self.leaky
+        own = f"v_th={self.v_th}, v_reset={self.v_reset}, a={self.a}" if without_eq_1 else super().extra_repr()
         return f"channels={self.channels}, T={self.T}, beta={self.beta}, {own}"

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from .experiments import CONVERGENCE, LEAK
 from .plots import COLORS, COLUMN, PAGE
 from .records import Record
+from .stats import seeds
 from .studies import curve, groups, leak_rows, multiply_adds
 from .tables import paper_section
 
@@ -76,7 +77,7 @@ def leak(found: dict[str, list[Record]]) -> Figure:
                           [statistics.stdev(v) if len(v) > 1 else 0 for v in values.values()], fmt=mark, ms=4,
                           color=color, capsize=2, label=kind)
         axes.axhline(100 / records[0].outcome["classes"], color=COLORS["threshold"], lw=0.8, zorder=0)
-        axes.set(title=textwrap.fill(name, 96 // len(found)), xlim=(-0.3, len(LEAK) - 0.6))
+        axes.set(title=textwrap.fill(f"{name}, {seeds(records)}", 96 // len(found)), xlim=(-0.3, len(LEAK) - 0.6))
         axes.set_xticks(range(len(LEAK)), [part.replace(" + ", "\n+ ") for part in LEAK])
     panels[0][0].set_ylabel("test accuracy, %")
     figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside upper center", ncols=2)

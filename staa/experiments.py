@@ -68,11 +68,11 @@ TABLE4_STEPS = {"GC": ("GC", "baseline"), "PE": ("GC + PE", "GC"), "TSRD without
 #: The introduction's claims on convergence. LIF is Table 4's baseline, so that these are three of its rows.
 CONVERGENCE = [("LIF", TABLE4[0][1]), ("STAA", TABLE4[5][1]), ("STAA without TSRD", TABLE4[4][1])]
 
-#: Parts of the aggregator, each with the leak of eq. 1 and without one: (neuron, its settings). The last pair is eq. 14
-#: as `variants.LeakySTAALIF` reads it, and as `STAALIF` does.
+#: Parts of the aggregator, each with the leak of eq. 1 and without one, also in the steps that TSRD drops: (neuron, its
+#: settings). The last pair is eq. 14 as `variants.LeakySTAALIF` reads it, and as `STAALIF` does.
 LEAK: dict[str, tuple[tuple[str, dict], tuple[str, dict]]] = {
     "LIF": (("staa", TABLE4[0][1]), ("lif", dict(decay=1.0))),
-    "GC + PE + TSRD": (("staa", dict(sa=False)), ("staa", dict(sa=False, decay=1.0))),
+    "GC + PE + TSRD": (("staa-leaky", dict(sa=False)), ("staa", dict(sa=False, decay=1.0))),
     "GC + PE + SA + TSRD": (("staa-leaky", {}), ("staa", {}))}
 
 #: Table 3's own rows, at T = 16; and what is flipped too, as in MPBN's public code [lineage].

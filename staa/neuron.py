@@ -74,7 +74,7 @@ class LIF(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() < 2:
             raise ValueError(f"{type(self).__name__} takes a current (T, B, ...), got one of shape {tuple(x.shape)}")
-        if not len(x):
+        if not torch.jit.is_tracing() and not len(x):
             raise ValueError(f"{type(self).__name__} takes at least one time step, got shape {tuple(x.shape)}")
         if self.is_plain() and fused.usable(x, *self.numbers()) and not torch.compiler.is_compiling():
             return fused_lif.lif(x, self.numbers(), self.surrogate)

@@ -61,7 +61,7 @@ def printed(config: dict) -> str:
         for (_, row), line in zip(TABLE4, paper("table4").itertuples()):
             if config["neuron_settings"] == full_settings("staa", row):
                 return f"{line.accuracy} on {LABELS[line.dataset]} (Table 4)"
-    if config["dataset"] in LABELS and own_settings(config) == "STAA":
+    if config["dataset"] in LABELS and own_settings(config) in ("STAA", "STAA-LEAKY"):
         rows = paper_table1()
         rows = rows[(rows.Method == "STAA-SNN") & (rows.Architecture == ARCHITECTURES.get(config["network"]))
                     & (rows["T"] == str(config["T"]))]

@@ -1,7 +1,8 @@
 """What several seeds allow to say: means, spreads, paired gains with their intervals, and the Tukey test."""
 
+import json
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,13 @@ def mean_sd(values: list[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} (n={len(values)})"
+
+
+def seeds(runs: list[Record]) -> str:
+    """How many seeds there are of each training, in words: "1 seed", "3 seeds", or "3 to 6 seeds"."""
+    counts = Counter(json.dumps(run.config | {"seed": None}, sort_keys=True) for run in runs).values()
+    least, most = min(counts), max(counts)
+    return f"{least} to {most} seeds" if least < most else f"{most} seed{'s' * (most > 1)}"
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,9 @@ def groups(rows: Rows, found: list[Record]) -> dict[str, list[Record]]:
 
 def series(rows: Rows, runs: list[Record]) -> dict[str, dict[str, list[Record]]]:
     """What a figure draws: this run's rows, and those of each training that the project vouches for."""
-    def seeds(found: list[Record]) -> str:
-        n = len({run.config["seed"] for run in found})
-        return f"{n} seed{'s' * (n > 1)}"
-
-    this = f"this run: {runs[0].config['dataset']}, {seeds(runs)}"
-    return {this: groups(rows, runs)} | {f"recorded: {name}, {seeds(found)}": groups(rows, found)
+    own = runs[0].config
+    this = f"this run: {own['dataset']}, " + f"{own['neuron']}, " * (own["neuron"] != "staa") + stats.seeds(runs)
+    return {this: groups(rows, runs)} | {f"recorded: {name}, {stats.seeds(found)}": groups(rows, found)
                                          for name, found in vouched_setups(rows, runs).items()}
 
 
@@ -179,12 +176,13 @@ def vouched_leaks() -> dict[str, list[Record]]:
 
 
 def leak_gains(found: list[Record]) -> dict[str, stats.Gain | None]:
-    """What the leak gives each part, and what the whole aggregator gives LIF in each of the two readings of eq. 14, the
-    second of them against the LIF of the paper's networks, which leaks; the intervals hold together (Bonferroni)."""
+    """What the leak gives each part; what SA gives with a leak and without; and what the whole aggregator gives LIF, in
+    both readings of eq. 14 the one that leaks, as in the networks. The intervals hold together (Bonferroni)."""
     rows = leak_rows(found)
-    (lif, _), (leaking, as_read) = rows["LIF"], rows["GC + PE + SA + TSRD"]
+    (lif, _), without_sa, whole = rows.values()
     pairs = {f"leak in {part}": pair for part, pair in rows.items()}
-    pairs |= {"STAA that leaks over LIF": (leaking, lif), "STAA over LIF": (as_read, lif)}
+    pairs |= {f"SA {kind}": pair for kind, pair in zip(("with a leak", "without a leak"), zip(whole, without_sa))}
+    pairs |= {f"{name} over LIF": (after, lif) for name, after in zip(("staa-leaky", "staa"), whole)}
     return {name: stats.gain(after, before, len(pairs)) for name, (after, before) in pairs.items()}
 
 

@@ -226,12 +226,11 @@ def training(record: Record) -> str:
 
 
 def trained_on(runs: list[Record]) -> str:
-    """What the numbers of a figure stand on, in a line under it: data, networks and training of these runs."""
-    names = [[names.get(run.config[what], run.config[what]) for run in runs]
-             for what, names in (("dataset", NAMES), ("network", ARCHITECTURES))]
-    seeds = len({run.config["seed"] for run in runs})
-    return "; ".join([*(" and ".join(dict.fromkeys(each)) for each in [*names, list(map(training, runs))]),
-                      f"{seeds} seed{'s' * (seeds > 1)}"])
+    """What the numbers of a figure stand on, in a line under it: data, networks, neurons and training of these runs."""
+    each_run = [(run.config, training(run)) for run in runs]
+    columns = zip(*((NAMES.get(c["dataset"], c["dataset"]), f"{ARCHITECTURES.get(c['network'], c['network'])}, "
+                     f"T = {c['T']}", c["neuron"], trained) for c, trained in each_run))
+    return "; ".join([*(" and ".join(dict.fromkeys(each)) for each in columns), stats.seeds(runs)])
 
 
 def energy(found: dict[str, Measurement]) -> pd.DataFrame:

@@ -7,7 +7,8 @@
 Whether Hm has leaked when M weighs it is lost with eqs. 1, 6 and 14; its words in the text, "the membrane potential
 after a spike trigger at the previous time step", fit both. `STAALIF` takes it as eq. 3 leaves it. With M = N = 1 a
 layer then starts as a neuron without leak, where the plain LIF of the same networks keeps a quarter of its potential.
-Here it starts as that LIF, which is also what TSRD falls back to.
+Here it starts as that LIF, and with decay = 1/4 never keeps more than half of Hm. Two things more are ours: that TSRD,
+which the text calls "element-wise addition", adds Hm' too; and that PE on the membrane is added before the leak.
 """
 
 from .attention import STAALIF

@@ -98,3 +98,8 @@ def test_the_closing_sentence_counts_the_seeds_of_the_smallest_comparison():
     one, two, three = (stats.paired(d) for d in ([1.0], [1.0, 1.1], [1.0, 1.1, 1.2]))
     assert stats.verdict({"SA": three, "PE": two}).startswith("Over 2 seeds, ")
     assert stats.verdict({"SA": three, "PE": one}) == "One seed: nothing can be said about chance."
+
+
+def test_seeds_are_counted_by_training():
+    assert stats.seeds(grouped([50.0])) == "1 seed" and stats.seeds(grouped([50.0, 51.0], [52.0, 53.0])) == "2 seeds"
+    assert stats.seeds(grouped([50.0] * 3, [50.0] * 6)) == "3 to 6 seeds"

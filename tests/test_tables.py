@@ -179,9 +179,9 @@ def test_the_header_counts_the_runs_that_learned_nothing():
 def test_a_figure_says_what_its_numbers_stand_on():
     found = [record(50.0, dataset="cifar10", network=network, T=4, neuron="staa", width=0.5, epochs=2, seed=seed)
              for network in ("resnet19", "resnet20") for seed in (0, 1, 2)]
-    assert tables.trained_on(found) == "CIFAR-10; ResNet-19 and ResNet-20; 2 epochs, width 0.5, 50,000 images; 3 seeds"
+    assert tables.trained_on(found) == "CIFAR-10; ResNet-19, T = 4 and ResNet-20, T = 4; staa; 2 epochs, width 0.5, 50,000 images; 3 seeds"
     small = record(50.0, dataset="digits", network="vgg13", neuron="lif", train_images=720)
-    assert tables.trained_on([small]) == "digits; VGG-13; 1 epochs, width 1, 720 images; 1 seed"
+    assert tables.trained_on([small]) == "digits; VGG-13, T = 4; lif; 1 epochs, width 1, 720 images; 1 seed"
 
 
 def test_a_printed_number_stands_beside_its_own_time_steps_only():
@@ -211,6 +211,9 @@ def test_both_readings_of_eq_14_stand_beside_the_papers_number():
     assert texts == ["94.29 and 94.99 (section 4.3)"] * 2 + ["none"]
     made = record(50.0, dataset="cifar10", neuron="staa-leaky", neuron_settings={"decay": 0.5})
     assert results.own_settings(made.config) == "STAA-LEAKY, decay = 0.5"
+    best = [results.printed(record(50.0, dataset="cifar10", network="resnet19", T=4, neuron=neuron).config)
+            for neuron in ("staa", "staa-leaky", "fsta")]
+    assert best == ["97.14 (Table 1)"] * 2 + ["none"]
 
 
 def test_of_a_network_that_the_paper_does_not_have_no_number_is_printed():

@@ -70,7 +70,8 @@ def test_a_decay_of_1_is_the_other_reading():
 
 
 def test_decay_is_a_setting_with_sa_and_gain_is_not():
-    assert LeakySTAALIF(C, T, decay=0.5).decay == 0.5
+    neuron = LeakySTAALIF(C, T, decay=0.5)
+    assert neuron.decay == 0.5 and "decay=0.5" in repr(neuron) and "decay" not in repr(STAALIF(C, T))
     with pytest.raises(ValueError, match="gain is a setting of eq. 1, in whose place SA computes"):
         LeakySTAALIF(C, T, gain=0.5)
 
