@@ -130,17 +130,22 @@ def test_the_readmes_sentences_on_results_are_those_of_the_records():
     leaks = {found[0].config["epochs"]: studies.leak_gains(found) for found in studies.vouched_leaks().values()}
     leak, over_lif = leaks[12]["leak in GC + PE + SA + TSRD"], leaks[12]["staa-leaky over LIF"]
     both, neither = leaks[3]["SA with a leak"], leaks[3]["SA without a leak"]
-    assert f"{leak.mean:.2f} points higher after 12 epochs ({leak.low:.2f} to {leak.high:.2f}, corrected" in text
+    assert f"{leak.mean:.2f} points higher after 12 epochs (seeds 0 to 2; {leak.low:.2f} to {leak.high:.2f}, corrected" in text and leak.n == 3
     assert leak.beyond_chance and not any(gain.beyond_chance for gain in (over_lif, both, neither))
     assert f"{over_lif.mean:.2f} above LIF, in five of six seeds ({over_lif.low:.2f} to {over_lif.high:+.2f}: undecided" in text
     twelve = {found[0].config["epochs"]: studies.leak_rows(found) for found in studies.vouched_leaks().values()}[12]
     (lif, _), *_, (leaky, _) = [[{run.config["seed"]: run.accuracy for run in rs} for rs in pair] for pair in twelve.values()]
     assert sum(leaky[seed] > lif[seed] for seed in lif) == 5 and all(
         gains["staa-leaky over LIF"].mean > 0 for gains in leaks.values() if gains["staa-leaky over LIF"])
-    assert over_lif.n == 6 and f"SA itself costs {-both.mean:.2f} points where both rows leak, and {-neither.mean:.2f}" in text
+    assert over_lif.n == 6 and f"SA itself: {both.mean:.2f} points where both rows leak ({both.low:.2f} to {both.high:+.2f}), and {neither.mean:.2f}" in text
     for words in (f"{leak.mean:.2f} points higher after 12 epochs, an interval from {leak.low:.2f} to {leak.high:.2f}",
                   f"{over_lif.mean:.2f} points above LIF after 12 epochs, in five of six seeds ({over_lif.low:.2f} to {over_lif.high:+.2f}",
-                  f"SA loses {-both.mean:.2f} ({both.low:.2f} to {both.high:+.2f})", f"{-neither.mean:.2f} ({neither.low:.2f} to {neither.high:+.2f}"):
+                  f"SA loses {-both.mean:.2f} ({both.low:.2f} to {both.high:+.2f})",
+                  f"it loses {-neither.mean:.2f} ({neither.low:.2f} to {neither.high:+.2f})",
+                  "{:.2f} points in LIF, {:.2f} beside GC, PE and TSRD, and {:.2f} with SA".format(
+                      *(leaks[3][f"leak in {part}"].mean for part in experiments.LEAK)),
+                  "p is {:.2f}, {:.2f} and {:.2f}".format(*(leaks[3][f"leak in {part}"].p for part in experiments.LEAK)),
+                  "`staa` is {:.2f}, {:.2f} and {:.2f} points below".format(*(-leaks[n]["staa over LIF"].mean for n in (3, 12, 24)))):
         assert words in notebook, words
     fsta = experiments.fsta(experiments.Settings("cut", 3, {}))
     found = {label: [records.find(c) for c in fsta if (c.neuron, c.neuron_settings) == (name, tables.full_settings(name, own))]
