@@ -68,10 +68,10 @@ def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, lea
         q = F.layer_norm(q, q.shape[-1:], parameters["gc.norm.weight"], parameters["gc.norm.bias"]).relu()
         added = added + linear("gc.value", q)                                     # eqs. 8, 9
     sa = "sa.squeeze.weight" in parameters
-    still = v_reset * (1 - decay)
-    total, rest = (alpha, 0.0) if sa else (decay + gain, still)
-    if sa and leaky:                                                              # decay Hm + still in Hm's place
-        pe_membrane = decay * pe_membrane + still
+    leak, decay = (decay, 1.0) if leaky else (1.0, decay)                         # leaky: Hm is handed on leaked
+    total, rest = (alpha, 0.0) if sa else (decay + gain, v_reset * (1 - decay))
+    if leaky:
+        pe_membrane = leak * pe_membrane
     # p (Hm + PE) + (total - p) X~ = p Hm + (total - p) X + total added + p (PE - added)
     seen, w, slope = mean + added + pe_membrane, total * added + pe_output + rest, pe_membrane - added
     hm, hm_mean, spikes = torch.zeros_like(x[0]) + v_reset, v_reset, []
@@ -81,16 +81,14 @@ def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, lea
     for t, (x_t, seen_t, w_t, slope_t) in enumerate(zip(x.unbind(), seen.unbind(), w.unbind(), slope.unbind())):
         p = zero[t] + decay
         if sa:                                                                    # (B, C), eq. 12
-            before = decay * hm_mean if leaky else hm_mean
-            p = alpha * linear("sa.excite", linear("sa.squeeze", seen_t + before).relu()).sigmoid()
+            p = alpha * linear("sa.excite", linear("sa.squeeze", seen_t + hm_mean).relu()).sigmoid()
         q, w_t = total - p, w_t + p * slope_t
-        if sa and leaky:
-            p = decay * p
         if kept is not None:
-            plain = (decay, 1.0, still) if leaky else (1.0, 1.0, 0.0)
-            p, q, w_t = (torch.where(kept[t], n, dropped) for n, dropped in zip((p, q, w_t), plain))
+            p, q, w_t = (torch.where(kept[t], n, dropped) for n, dropped in ((p, 1.0), (q, 1.0), (w_t, 0.0)))
         p, q, w_t = p.unsqueeze(space), q.unsqueeze(space), w_t.unsqueeze(space)
         s, hm, hm_mean = one_step(hm, x_t, p, q, w_t, space, surrogate, v_th, v_reset, *settings)
+        if leaky:
+            hm, hm_mean = v_reset + leak * (hm - v_reset), v_reset + leak * (hm_mean - v_reset)
         spikes.append(s.to(dtype))
     return torch.stack(spikes)
 
