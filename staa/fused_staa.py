@@ -47,7 +47,8 @@ def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers:
 def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, leaky: bool,
               surrogate: Surrogate, parameters: dict[str, Tensor]) -> Tensor:
     """Spikes for the current x as it lies. kept (T,): False where TSRD drops the aggregator. numbers: alpha, then those
-    of `LIF`. parameters: those of the blocks that are there, by their names in `STAALIF`, (T, C), (out, in) or (C,).
+    of `LIF`. leaky: as in `STAALIF`. parameters: those of the blocks that are there, by their names in `STAALIF`,
+    (T, C), (out, in) or (C,).
     """
     alpha, decay, gain, v_th, v_reset, *settings = numbers
     dtype, x = x.dtype, x.to(membrane_type(x))
@@ -68,10 +69,9 @@ def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, lea
         q = F.layer_norm(q, q.shape[-1:], parameters["gc.norm.weight"], parameters["gc.norm.bias"]).relu()
         added = added + linear("gc.value", q)                                     # eqs. 8, 9
     sa = "sa.squeeze.weight" in parameters
-    leak, decay = (decay, 1.0) if leaky else (1.0, decay)                         # leaky: Hm is handed on leaked
+    if leaky:                                                                     # Hm is handed on leaked: see below
+        leak, decay, pe_membrane = decay, 1.0, decay * pe_membrane
     total, rest = (alpha, 0.0) if sa else (decay + gain, v_reset * (1 - decay))
-    if leaky:
-        pe_membrane = leak * pe_membrane
     # p (Hm + PE) + (total - p) X~ = p Hm + (total - p) X + total added + p (PE - added)
     seen, w, slope = mean + added + pe_membrane, total * added + pe_output + rest, pe_membrane - added
     hm, hm_mean, spikes = torch.zeros_like(x[0]) + v_reset, v_reset, []
