@@ -14,6 +14,7 @@ from .records import Record
 from .settings import Error
 from .statten import STAttenLIF
 from .surrogate import Surrogate, rectangle
+from .tracing import traced
 from .train import run
 from .variants import LeakySTAALIF
 from .weights import from_pretrained, load, save_pretrained
@@ -23,8 +24,8 @@ warnings.filterwarnings("ignore", message="'staa.train' found in sys.modules", c
 
 __version__ = "0.1.0"
 __all__ = ["LIF", "STAALIF", "LeakySTAALIF", "FSTALIF", "STAttenLIF", "PositionEncoding", "GlobalContext",
-           "StepAttention", "Surrogate", "rectangle", "build", "neurons", "firing_rates", "NETWORKS", "NEURONS",
-           "Config", "Record", "Error", "run", "load", "save_pretrained", "from_pretrained"]
+           "StepAttention", "Surrogate", "rectangle", "build", "neurons", "firing_rates", "traced", "NETWORKS",
+           "NEURONS", "Config", "Record", "Error", "run", "load", "save_pretrained", "from_pretrained"]
 
 
 def __getattr__(name: str) -> ModuleType:

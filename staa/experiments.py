@@ -22,8 +22,8 @@ __all__ = ["ITEMS", "PARAMETERS", "PRESETS", "SMOKE", "Settings", "assigned", "r
 #: Table 1's own rows.
 TABLE1 = [("vgg13", 2), ("vgg13", 4), *product(["resnet19", "resnet20"], [1, 2, 4])]
 
-#: A row's neuron and, for comparison, the plain one.
-TWINS = ["staa", "lif"]
+#: A row's neuron and, for comparison, the plain one; and the readings of eq. 14.
+TWINS, READINGS = ["staa", "lif"], ["staa", "staa-leaky"]
 
 #: The networks of the paper's ablations (section 4.3) are ResNet-20 at T = 4; a study names its dataset and its rows,
 #: (label, neuron_settings). The label is the one of the paper's numbers in data/paper.
@@ -149,6 +149,14 @@ def energy(settings: Settings) -> list[Config]:
     return settings.runs("energy", rows, {"network": "resnet20", "T": 4})
 
 
+def inside(settings: Settings) -> list[Config]:
+    """What the aggregator does in trained networks: both readings of eq. 14, trained as `energy` trains its networks;
+    every seed."""
+    cells = product(settings.datasets("cifar100"), READINGS)
+    rows = [dict(dataset=dataset, neuron=neuron) for dataset, neuron in cells]
+    return settings.runs("inside", rows, {"network": "resnet20", "T": 4})
+
+
 def table3(settings: Settings, item: str = "table3") -> list[Config]:
     """Table 3: each own row with STAA and with the plain LIF neuron, T = 16, every seed. In smoke, and on a dataset
     that the paper does not have, both networks."""
@@ -214,6 +222,6 @@ def siblings(settings: Settings) -> list[Config]:
 
 #: The items with runs, by the name of their notebook.
 ITEMS = {item.__name__: item for item in (table1, table2, table3, table4, figure2, figure3, figure4, figure5,
-                                          position_encoding, convergence, leak, energy, fsta,
-                                          siblings)}
+                                          position_encoding, convergence, leak, inside, energy,
+                                          fsta, siblings)}
 ITEMS["statten"] = lambda settings: rows(settings) + statten(settings)

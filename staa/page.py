@@ -28,7 +28,7 @@ from .settings import ConfigError
 NOTEBOOKS = records.ROOT / "notebooks"
 #: The order of the paper; what is not named here follows, by name.
 ORDER = ["derivation", "figure1", "table1", "table2", "table3", "table4", "figure2", "position_encoding", "figure3",
-         "figure4", "figure5", "convergence", "leak", "energy", "fsta", "statten", "siblings"]
+         "figure4", "figure5", "convergence", "leak", "inside", "energy", "fsta", "statten", "siblings"]
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>STAA-SNN: every table and figure</title>

@@ -13,9 +13,9 @@ from PIL import Image
 def explore(figure: Figure, update: Callable[..., str], **settings: tuple) -> Callable[..., tuple[bytes, str]]:
     """Show `figure` under one slider a setting; a moved slider calls `update` with all settings and redraws.
 
-    figure: a `matplotlib.figure.Figure` that holds its axes, their limits and its lines already.
-    update: called as update(name=value, ...); changes the data of lines, and nothing else, and returns one line of
-        text to stand below the picture. The axes stay as they are, which makes a redraw a matter of milliseconds.
+    figure: a `matplotlib.figure.Figure` that holds its axes, their limits, its images and its lines already.
+    update: called as update(name=value, ...); changes the data of images and lines, and nothing else, and returns one
+        line of text to stand below the picture. The axes stay as they are: a redraw is a matter of milliseconds.
     settings: name=(least, most, step, start); four whole numbers make a slider of whole numbers. Raises ValueError
         where start lies outside least to most.
 
@@ -28,12 +28,12 @@ def explore(figure: Figure, update: Callable[..., str], **settings: tuple) -> Ca
         if not least <= start <= most:
             raise ValueError(f"{name} must start between {least} and {most}, got {start}")
     values = {name: start for name, (_, _, _, start) in settings.items()}
-    lines = Lines(figure)
+    drawing = Drawing(figure)
 
     def redraw(**changes) -> tuple[bytes, str]:
         values.update(changes)
         caption = update(**values)
-        return lines.png(), caption
+        return drawing.png(), caption
 
     picture, caption = redraw()
     output = {"image/png": base64.b64encode(picture).decode(), "text/plain": caption}
@@ -43,21 +43,21 @@ def explore(figure: Figure, update: Callable[..., str], **settings: tuple) -> Ca
     return redraw
 
 
-class Lines:
-    """The lines of a figure, drawn over everything else in it, which is drawn once."""
+class Drawing:
+    """A figure whose images, and lines over them, are drawn over everything else in it, which is drawn once."""
 
     def __init__(self, figure: Figure):
-        self.lines = [line for axes in figure.axes for line in axes.lines]
-        for line in self.lines:
-            line.set_animated(True)  # left out of the next drawing, which is the background
+        self.moving = [artist for axes in figure.axes for artist in (*axes.images, *axes.lines)]
+        for artist in self.moving:
+            artist.set_animated(True)  # left out of the next drawing, which is the background
         self.canvas = FigureCanvasAgg(figure)
         self.canvas.draw()
         self.background = self.canvas.copy_from_bbox(figure.bbox)
 
     def png(self) -> bytes:
         self.canvas.restore_region(self.background)
-        for line in self.lines:
-            self.canvas.figure.draw_artist(line)
+        for artist in self.moving:
+            self.canvas.figure.draw_artist(artist)
         content = io.BytesIO()
         Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB").save(content, "png", compress_level=1)
         return content.getvalue()
