@@ -159,10 +159,10 @@ class Board:
             drawn.set_data(np.asarray(maps[symbol]))
         steps = np.arange(1, self.T + 1)
         self.lines["threshold"].set_data([0, self.T + 1], [self.thresholds[name]] * 2)
-        self.lines["U"].set_data(steps.repeat(2), torch.stack([of["U"], of["Hm"]], 1)[..., h, w].flatten())
-        self.lines["X~"].set_data(steps, of["X~"][:, h, w])
+        self.lines["U"].set_data(steps.repeat(2), torch.stack([of["U"], of["Hm"]], 1)[..., h, w].flatten().numpy())
+        self.lines["X~"].set_data(steps, of["X~"][:, h, w].numpy())
         for symbol in ("M", "N"):
-            self.lines[symbol].set_data(steps, weights.get(symbol, torch.full((self.T,), torch.nan)))
+            self.lines[symbol].set_data(steps, weights.get(symbol, torch.full((self.T,), torch.nan)).numpy())
         for square in self.squares:
             square.set_data([column], [row])
         for line in self.now:
@@ -170,6 +170,6 @@ class Board:
         numbers = {"PE": parts["PE"][now, c]} if "PE" in parts else {}
         numbers |= {symbol: over_time[now] for symbol, over_time in weights.items()}
         numbers |= {symbol: of[symbol][now, h, w] for symbol in ("X~", "U")}
-        return (f"{name}, channel {c + 1} of {channels}, step {t}: "
+        return (f"{name}, channel {c + 1} of {channels}, t = {t}: "
                 + ", ".join(f"{symbol} {float(number):.2f}" for symbol, number in numbers.items())
-                + f"; {100 * of['S'][now].mean():.0f} % of its places fire")
+                + f"; fires at {100 * of['S'][now].mean():.0f} %")

@@ -101,9 +101,9 @@ def test_the_board_says_what_the_chosen_neuron_computed(network, images, board):
     h, w = math.floor(0.3 * of["X"].shape[3]), of["X"].shape[4] - 1
     at = {symbol: float(of[symbol][1, 2, 1, h, w]) for symbol in ("X~", "U")}
     gate = {symbol: float(of[symbol][1, 2, 1]) for symbol in ("v", "M", "N")}
-    assert caption == (f"{name}, channel 2 of {of['X'].shape[2]}, step 2: PE {of['PE'][1, 1]:.2f}, v {gate['v']:.2f}, "
+    assert caption == (f"{name}, channel 2 of {of['X'].shape[2]}, t = 2: PE {of['PE'][1, 1]:.2f}, v {gate['v']:.2f}, "
                        f"M {gate['M']:.2f}, N {gate['N']:.2f}, X~ {at['X~']:.2f}, U {at['U']:.2f}; "
-                       f"{100 * of['S'][1, 2, 1].mean():.0f} % of its places fire")
+                       f"fires at {100 * of['S'][1, 2, 1].mean():.0f} %")
     assert shown[0].keys() == {"image/png", "text/plain"}
 
 
@@ -143,7 +143,7 @@ def test_a_board_of_lif_neurons_leaves_attention_empty(images, monkeypatch):
     monkeypatch.setattr(sliders, "show", lambda output: None)
     lif = staa.build("resnet20", "lif", width=1 / 8, T=2).eval()
     caption = inside.board(lif, images, [np.zeros((2, 2, 3))] * 3)(t=2)[1]
-    assert caption.startswith("stem.1, channel 1 of 8, step 2: X~ ") and "M" not in caption
+    assert caption.startswith("stem.1, channel 1 of 8, t = 2: X~ ") and "M" not in caption
     board = inside.Board(inside.look(lif, images), dict.fromkeys(staa.neurons(lif), 1.0), [np.zeros((2, 2, 3))] * 3)
     board.update(image=1, layer=1, t=1, channel=1, row=0, column=0)
     assert np.ma.masked_invalid(board.maps["k"].get_array()).mask.all()

@@ -142,16 +142,31 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def derivation():
+    return nbformat.read(records.ROOT / "notebooks" / "derivation.ipynb", as_version=4)
+
+
+def inside():
+    """The board of inside.ipynb with what it needs, and no run."""
+    notebook = nbformat.read(records.ROOT / "notebooks" / "inside.ipynb", as_version=4)
+    (board,) = [cell for cell in notebook.cells if "inside.board(" in cell.source]
+    notebook.cells = [nbformat.v4.new_code_cell(
+        "import torch\nfrom staa import data, inside, plots, samples, train, weights\nplots.style()\n"
+        'shipped = {run.config["neuron"]: run for run in weights.shipped(dataset="cifar10", network="resnet20")}'),
+        board, nbformat.v4.new_code_cell('print("all cells were run")')]
+    return notebook
+
+
 @pytest.fixture
-def lab(tmp_path):
-    """The address of a JupyterLab of our own, over a folder with derivation.ipynb without outputs."""
+def lab(tmp_path, request):
+    """The address of a JupyterLab of our own, over a folder with the asked notebook without outputs."""
     work = tmp_path / "work"
     work.mkdir()
-    notebook = nbformat.read(records.ROOT / "notebooks" / "derivation.ipynb", as_version=4)
+    notebook = request.param()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    nbformat.write(notebook, work / "derivation.ipynb")
+    nbformat.write(notebook, work / f"{request.param.__name__}.ipynb")
     settings = tmp_path / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
     settings.write_text('{"windowingMode": "none"}')  # every cell is in the page, seen or not
@@ -175,7 +190,7 @@ def lab(tmp_path):
                 except OSError:
                     assert server.poll() is None, (tmp_path / "lab.log").read_text()
                     time.sleep(0.25)
-            yield f"http://127.0.0.1:{port}/lab/tree/derivation.ipynb?token={token}"
+            yield f"http://127.0.0.1:{port}/lab/tree/{request.param.__name__}.ipynb?token={token}"
         finally:
             server.terminate()
             server.wait(timeout=30)
@@ -208,16 +223,23 @@ def drag(page, slider, share: float):
     page.mouse.up()
 
 
-def test_in_jupyterlab_a_moved_slider_changes_the_curve(page, lab, tmp_path):
-    from playwright.sync_api import expect
-
+def boards(page, lab, last: str):
+    """Run the notebook, to the output `last`; its boards."""
     page.goto(lab)
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)  # run earlier, it asks which kernel
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
-    page.locator(".jp-OutputArea-output", has_text=re.compile("holds: .* comparisons")).wait_for(timeout=120_000)
-    boxes = page.locator(".jp-OutputArea-output > .widget-vbox, .jp-OutputArea-output .lm-Panel > .widget-vbox")
-    assert boxes.count() == 3 and not page.locator(".jp-OutputArea-output[data-mime-type*='stderr']").count()
+    page.locator(".jp-OutputArea-output", has_text=re.compile(last)).wait_for(timeout=120_000)
+    assert not page.locator(".jp-OutputArea-output[data-mime-type*='stderr']").count()
+    return page.locator(".jp-OutputArea-output > .widget-vbox, .jp-OutputArea-output .lm-Panel > .widget-vbox")
+
+
+@pytest.mark.parametrize("lab", [derivation], indirect=True)
+def test_in_jupyterlab_a_moved_slider_changes_the_curve(page, lab, tmp_path):
+    from playwright.sync_api import expect
+
+    boxes = boards(page, lab, "holds: .* comparisons")
+    assert boxes.count() == 3
 
     lif, learning, staa = boxes.nth(0), boxes.nth(1), boxes.nth(2)
     names = [lif.locator(".widget-hslider").nth(i).locator(".widget-label").inner_text() for i in range(4)]
@@ -251,3 +273,28 @@ def test_in_jupyterlab_a_moved_slider_changes_the_curve(page, lab, tmp_path):
     staa.locator("img").hover()  # so that the whole board is in view
     page.screenshot(path=tmp_path / "derivation.png")
     assert 0 < Path(tmp_path / "derivation.png").stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("lab", [inside], indirect=True)
+def test_in_jupyterlab_a_network_is_stepped_through(page, lab, tmp_path):
+    """Another layer, image and step: the caption names the layer and says what it computed, and the maps change."""
+    from playwright.sync_api import expect
+
+    (board,) = boards(page, lab, "all cells were run").all()
+    names = board.locator(".widget-hslider .widget-label").all_inner_texts()
+    assert names == ["image", "layer", "t", "channel", "row", "column"]
+    caption, picture = board.locator(":scope > .widget-label"), board.locator("img")
+    board.scroll_into_view_if_needed()
+    page.screenshot(path=tmp_path / "inside.png")
+    assert re.fullmatch(r"stem\.1, channel 15 of 16, t = 2: PE .*, v .*, M .*, N .*, X~ .*, U .*; fires at \d+ %",
+                        caption.inner_text())
+    before = picture.screenshot()
+    drag(page, board.locator(".widget-hslider").nth(1), 1.0)
+    expect(caption).to_have_text(re.compile(r"^stages\.7\.neuron2, channel 15 of 128, t = 2: "), timeout=30_000)
+    page.wait_for_timeout(500)
+    deep = picture.screenshot()
+    drag(page, board.locator(".widget-hslider").nth(2), 0.0)
+    expect(caption).to_have_text(re.compile(r"^stages\.7\.neuron2, channel 15 of 128, t = 1: "), timeout=30_000)
+    page.wait_for_timeout(500)
+    assert len({before, deep, picture.screenshot()}) == 3
+    assert 0 < Path(tmp_path / "inside.png").stat().st_size < 300_000
