@@ -16,10 +16,10 @@ from .neuron import LIF
 from .plots import COLORS, PAGE
 from .tracing import effects, traced
 
-#: Lines of the parts in the figure, by `tracing.effects`.
-PARTS = {"GC": (COLORS["lif"], "s-"), "GC, over images": (COLORS["fsta"], "v--"),
-         "where GC looks": (COLORS["statten"], "d:"), "PE": (COLORS["input"], "^-."),
-         "SA, over images": (COLORS["staa"], "o-"), "SA, over steps": (COLORS["ann"], "x--")}
+#: Lines of what `tracing.effects` counts: the colour of a part, and how it is drawn.
+PARTS = {"GC": ("lif", "s-"), "GC, over images": ("lif", "v--"), "where GC looks": ("lif", "d:"),
+         "PE": ("input", "^-"), "PE, over steps": ("input", "<:"),
+         "SA": ("staa", "o-"), "SA, over images": ("staa", "x--"), "SA, over steps": ("staa", "+:")}
 Trace = dict[str, dict[str, Tensor]]
 Effects = dict[str, dict[str, float]]
 
@@ -78,7 +78,7 @@ def figure(found: dict[str, tuple[Trace, Effects]]) -> Figure:
         depth = range(1, len(seen) + 1)
         for part, (color, line) in PARTS.items():
             shares = [100 * of.get(part, float("nan")) or float("nan") for of in parts.values()]  # a log axis has no 0
-            above.plot(depth, shares, line, color=color, ms=2.5, lw=0.8, label=part)
+            above.plot(depth, shares, line, color=COLORS[color], ms=2.5, lw=0.8, label=part)
         gates = [p.get("M", torch.full((1,), float("nan"))) for p in seen.values()]
         low, nearly, median, most, high = zip(*(np.quantile(m, [0, 0.05, 0.5, 0.95, 1]) for m in gates))
         below.fill_between(depth, low, high, color=COLORS["staa"], alpha=0.15, lw=0, label="all")
@@ -88,10 +88,10 @@ def figure(found: dict[str, tuple[Trace, Effects]]) -> Figure:
         if any(share for of in parts.values() for share in of.values()):
             above.set_yscale("log")
         below.set(xlabel="spiking layer, by depth", ylim=(0, max(2, *high)), xticks=depth[::3])
-    panels[0, 0].set_ylabel("spikes that hang on it, %")
+    panels[0, 0].set_ylabel("neurons and steps\nwhose spike changes, %")
     panels[1, 0].set_ylabel("M")
     panels[1, 0].legend(loc="upper right", handlelength=1.2)
-    drawn.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    drawn.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return drawn
 
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .attention import STAALIF, GlobalContext, StepAttention
+from .attention import STAALIF, GlobalContext, PositionEncoding, StepAttention
 from .firing import evaluating, neurons
 from .fsta import FSTALIF
 from .neuron import LIF
@@ -118,9 +118,10 @@ def effects(network: nn.Module, seen: dict[str, dict[str, Tensor]]) -> dict[str,
     or goes where the part does something else, while the current that reaches the layer stays as it is.
 
     seen: what `traced` has of this network, in evaluation mode. Raises ValueError where that is nothing.
-    "PE", "GC": the part is left out. "where GC looks": k is the same at every place. "GC, over images", "SA, over
-    images": v, or M, of each step and channel is its mean over these images. "SA, over steps": and over the time steps.
-    A part that is off is absent.
+    "PE", "GC", "SA": the part is left out; for SA, M = N = alpha / 2, as at its start. "where GC looks": k is the same
+    at every place. "GC, over images", "SA, over images": v, or M, of each step and channel is its mean over these
+    images. "PE, over steps", "SA, over steps": PE, or that mean, is its mean over the time steps. A part that is off is
+    absent. Such shares do not add up, neither over parts nor over layers.
     """
     if not seen:
         raise ValueError(f"no neuron of this {type(network).__name__} was traced: call the network inside `traced`")
@@ -144,8 +145,11 @@ def changes(neuron: nn.Module, seen: dict[str, Tensor]) -> dict[str, list[tuple[
     def left_out(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return inputs[0]
 
-    def uniform(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return torch.zeros_like(output)
+    def everywhere(number: float) -> Hook:
+        return lambda module, inputs, output: torch.full_like(output, number)
+
+    def over_steps(pe: PositionEncoding) -> tuple[nn.Module, Hook]:
+        return pe, lambda module, inputs, output: inputs[0] + pe.per_step().mean(0, keepdim=True)
 
     def held(mean: Tensor, at_once: int) -> Hook:  # mean (T, 1, C), so many time steps a call
         steps = iter(mean.expand(-1, seen["X"].shape[1], -1)[..., None, None].split(at_once))
@@ -154,14 +158,16 @@ def changes(neuron: nn.Module, seen: dict[str, Tensor]) -> dict[str, list[tuple[
     if not isinstance(neuron, STAALIF):
         return {}
     encodings = [pe for pe in (neuron.pe_input, neuron.pe_membrane, neuron.pe_output) if pe is not None]
-    found: dict[str, list[tuple[nn.Module, Hook]]] = {"PE": [(pe, left_out) for pe in encodings]} if encodings else {}
+    found: dict[str, list[tuple[nn.Module, Hook]]] = {}
+    if encodings:
+        found |= {"PE": [(pe, left_out) for pe in encodings], "PE, over steps": [over_steps(pe) for pe in encodings]}
     if "k" in seen and neuron.gc is not None:
         mean = seen["v"].mean(1, keepdim=True)
         found |= {"GC": [(neuron.gc, left_out)], "GC, over images": [(neuron.gc.value, held(mean, at_once=len(mean)))],
-                  "where GC looks": [(neuron.gc.key, uniform)]}
+                  "where GC looks": [(neuron.gc.key, everywhere(0.0))]}
     if "M" in seen and neuron.sa is not None:
-        over_images = seen["M"].mean(1, keepdim=True)
-        over_steps = over_images.mean(0, keepdim=True).expand_as(over_images)
-        found["SA, over images"] = [(neuron.sa, held(over_images, at_once=1))]
-        found["SA, over steps"] = [(neuron.sa, held(over_steps, at_once=1))]
+        mean = seen["M"].mean(1, keepdim=True)
+        means = {"over images": mean, "over steps": mean.mean(0, keepdim=True).expand_as(mean)}
+        found |= {f"SA, {what}": [(neuron.sa, held(fixed, at_once=1))] for what, fixed in means.items()}
+        found["SA"] = [(neuron.sa, everywhere(neuron.sa.alpha / 2))]
     return found

@@ -190,3 +190,25 @@ def test_a_figure_where_nothing_hangs_on_anything_is_drawn():
     plots.style()
     fresh = staa.build("resnet20", width=1 / 8, T=2)
     inside.figure({"fresh": inside.measure(fresh, torch.rand(2, 3, 16, 16))}).canvas.draw()
+
+
+def test_the_notebooks_sentences_are_those_of_the_shipped_networks():
+    from staa import data, records, samples, train, weights
+
+    text = " ".join((records.ROOT / "notebooks" / "inside.ipynb").read_text().replace('\\n",', "").replace('"', "").split())
+    x = torch.stack([data.transform("cifar10", 32)(tile) for tile in samples.photographs(32, rows=4)])
+    said = []
+    for neuron in ("staa", "staa-leaky"):
+        (run,) = weights.shipped(neuron=neuron)
+        seen, parts = inside.measure(train.trained(run), x)
+        share = {part: inside.weighted([of[part] for of in parts.values()], seen) for part in inside.PARTS}
+        near = inside.weighted([float(((of["M"] - 1).abs() < 0.05).double().mean()) for of in seen.values()], seen)
+        said.append((f"{100 * near:.0f}", f"{1000 * share['SA']:.0f}", f"{1000 * share['SA, over images']:.0f}"))
+        assert 0.4 < share["GC, over images"] / share["GC"] < 0.6, "about half as many"
+        assert share["where GC looks"] < 0.5 * share["GC, over images"] and share["PE, over steps"] > 0.75 * share["PE"]
+        first, *_, last = parts.values()
+        assert all(first[part] > last[part] for part in parts["stem.1"]), "most in the first layers"
+    (near, without, image), (near_leaky, without_leaky, image_leaky) = said
+    assert f"Of the neurons of `staa` {near} %, of `staa-leaky` {near_leaky} %, have an $M$ within 0.05" in text
+    assert f"changes at {without} and at {without_leaky} of a thousand neurons and steps; at {image} of a thousand" in text
+    assert image == image_leaky
