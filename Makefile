@@ -3,7 +3,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/*.ipynb)))
 RUNS := $(patsubst ~/%,$(HOME)/%,$(or $(STAA_RUNS),runs))
-CORE := neuron attention variants fused gpu torch_tools networks by_hand memory resident synchronisation train
+CORE := neuron attention variants tracing fused gpu torch_tools networks by_hand memory resident synchronisation train
 
 .DEFAULT_GOAL := help
 .PHONY: help setup all list test oldest bench docs site lock refresh clean $(NOTEBOOKS)

@@ -135,8 +135,13 @@ def test_the_readmes_sentences_on_results_are_those_of_the_records():
     assert f"{over_lif.mean:.2f} above LIF, in five of six seeds ({over_lif.low:.2f} to {over_lif.high:+.2f}: undecided" in text
     twelve = {found[0].config["epochs"]: studies.leak_rows(found) for found in studies.vouched_leaks().values()}[12]
     (lif, _), *_, (leaky, _) = [[{run.config["seed"]: run.accuracy for run in rs} for rs in pair] for pair in twelve.values()]
-    assert sum(leaky[seed] > lif[seed] for seed in lif) == 5 and all(
-        gains["staa-leaky over LIF"].mean > 0 for gains in leaks.values() if gains["staa-leaky over LIF"])
+    assert sum(leaky[seed] > lif[seed] for seed in lif) == 5
+    assert {epochs: gains["staa-leaky over LIF"].mean > 0 for epochs, gains in leaks.items()} == {3: True, 12: True, 24: False}
+    late, late_lif, later = leaks[24]["leak in GC + PE + SA + TSRD"], leaks[24]["staa-leaky over LIF"], leaks[12]["SA with a leak"]
+    assert late.n == late_lif.n == later.n == 3 and not any(gain.beyond_chance for gain in (late, late_lif, later))
+    assert (f"it is {late.mean:.2f} above `staa` ({late.low:.2f} to {late.high:+.2f}) and {-late_lif.mean:.2f} below LIF "
+            f"({late_lif.low:.2f} to {late_lif.high:+.2f}), both undecided") in text
+    assert f"{later.mean:+.2f} where both leak after 12 epochs ({later.low:.2f} to {later.high:+.2f})" in text
     assert over_lif.n == 6 and f"SA itself: {both.mean:.2f} points where both rows leak ({both.low:.2f} to {both.high:+.2f}), and {neither.mean:.2f}" in text
     for words in (f"{leak.mean:.2f} points higher after 12 epochs, an interval from {leak.low:.2f} to {leak.high:.2f}",
                   f"{over_lif.mean:.2f} points above LIF after 12 epochs, in five of six seeds ({over_lif.low:.2f} to {over_lif.high:+.2f}",
@@ -145,6 +150,9 @@ def test_the_readmes_sentences_on_results_are_those_of_the_records():
                   "{:.2f} points in LIF, {:.2f} beside GC, PE and TSRD, and {:.2f} with SA".format(
                       *(leaks[3][f"leak in {part}"].mean for part in experiments.LEAK)),
                   "p is {:.2f}, {:.2f} and {:.2f}".format(*(leaks[3][f"leak in {part}"].p for part in experiments.LEAK)),
+                  f"`staa-leaky` is {late.mean:.2f} points above `staa` ({late.low:.2f} to {late.high:+.2f}) and {-late_lif.mean:.2f} below LIF "
+                  f"({late_lif.low:.2f} to {late_lif.high:+.2f})",
+                  f"SA adds {later.mean:+.2f} points to GC, PE and TSRD where both rows leak ({later.low:.2f} to {later.high:+.2f})",
                   "`staa` is {:.2f}, {:.2f} and {:.2f} points below".format(*(-leaks[n]["staa over LIF"].mean for n in (3, 12, 24)))):
         assert words in notebook, words
     fsta = experiments.fsta(experiments.Settings("cut", 3, {}))
