@@ -220,9 +220,10 @@ def full_settings(neuron: str, settings: dict) -> dict | None:
 
 
 def training(record: Record) -> str:
-    """What was trained, in a few words."""
-    c = record.config
-    return f"{c['epochs']} epochs, width {c['width']:g}, {record.outcome['train_images']:,} images"
+    """What was trained, in a few words; of SGD, which all but the transformers are trained with, none."""
+    c = LATER | record.config
+    images = f"{record.outcome['train_images']:,} images" + ", AdamW" * (c["optimizer"] == "adamw")
+    return f"{c['epochs']} epochs, width {c['width']:g}, {images}"
 
 
 def trained_on(runs: list[Record]) -> str:

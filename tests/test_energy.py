@@ -465,3 +465,13 @@ def test_the_figures_show_what_was_measured(paper):
     crossing = np.interp(-1, -memory.get_ydata(), memory.get_xdata())
     assert crossing == pytest.approx(100 * lemaire.break_even(paper[2], twin), abs=0.3)
     plt.close("all")
+
+
+def test_the_rate_of_a_record_is_that_of_all_its_neurons_together(root):
+    """As `energy.measure` counts it on the network itself: a layer counts by its neurons."""
+    config = Config(dataset="digits", image_size=16, width=1 / 16, T=2, train_images=256, batch_size=32, lr=0.02, epochs=2)
+    record = train.run(config, device="cpu", workers=0, log=lambda line: None)
+    measured = energy.measure(train.trained(record), data.batches(train.evaluation_set(config), 64, shuffle=False))
+    assert tables.firing_rate(record) == pytest.approx(measured.firing_rate, rel=1e-6)
+    rates = record.outcome["firing_rates"].values()
+    assert abs(sum(rates) / len(rates) - measured.firing_rate) > 1e-3

@@ -58,6 +58,17 @@ def test_the_core_imports_need_no_more_than_torch_and_numpy():
     assert "torch._inductor.compile_fx" not in loaded, "the compiler takes seconds to import, and little needs it"
 
 
+def test_what_make_oldest_runs_imports_only_what_it_installs():
+    """It has no pandas, matplotlib or Jupyter: a test of the core that imports a table's module is in the wrong file."""
+    names = re.search(r"^CORE := (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    code = ("import sys\n"
+            "for name in ('pandas', 'matplotlib', 'seaborn', 'IPython', 'captum', 'spikingjelly', 'papermill', 'nbformat', 'nir'):\n"
+            "    sys.modules[name] = None\n"
+            f"for name in {names}:\n    __import__('test_' + name)\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests", check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_imports_go_downwards():
     order = re.findall(r"\]\(staa/(\w+)\.py\)", (ROOT / "README.md").read_text().partition("| file | holds |")[2])
     files = {path.stem: path for path in (ROOT / "staa").glob("*.py") if path.stem != "__init__"}

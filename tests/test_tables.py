@@ -145,6 +145,14 @@ def test_the_trainings_of_an_ablation_come_widest_first_then_by_images_and_epoch
         "CIFAR-10, 50 epochs, width 1, 10,000 images", "CIFAR-10, 500 epochs, width 0.25, 50,000 images"]
 
 
+def test_another_optimizer_is_named(vouched):
+    """Records of the same epochs, width and images are not taken for each other."""
+    for settings in ({}, dict(optimizer="adamw")):
+        record(90.0, vouched, dataset="cifar10", network="resnet20", T=4, epochs=50, **settings)
+    assert set(tables.vouched_setups(FIGURE2)) == {"CIFAR-10, 50 epochs, width 1, 50,000 images",
+                                                   "CIFAR-10, 50 epochs, width 1, 50,000 images, AdamW"}
+
+
 def test_an_ablation_of_another_network_names_it(vouched):
     table = tables.figure2([record(50.0, network="statten-2-256", neuron="staa", neuron_settings={"pe_place": "both"})])
     shown = table.set_index("Row")["This run: digits, statten-2-256, T = 4"].to_dict()

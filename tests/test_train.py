@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import staa
-from staa import Config, data, energy, records, tables, train
+from staa import Config, records, train
 from staa.optimizer import new_optimizer
 from staa.records import Record, RecordError
 from staa.settings import ConfigError
@@ -464,16 +464,6 @@ def test_what_run_cannot_take_is_one_sentence(config, settings, words):
 def test_a_setting_is_given_once():
     with pytest.raises(ConfigError, match="and once, got a second 'lr=0.2'"):
         train.words_to_settings(["lr=0.1", "lr=0.2"])
-
-
-def test_the_rate_of_a_record_is_that_of_all_its_neurons_together():
-    """As `energy.measure` counts it on the network itself: a layer counts by its neurons."""
-    config = Config(dataset="digits", image_size=16, width=1 / 16, T=2, train_images=256, batch_size=32, lr=0.02, epochs=2)
-    record = quiet(config)
-    measured = energy.measure(train.trained(record), data.batches(train.evaluation_set(config), 64, shuffle=False))
-    assert tables.firing_rate(record) == pytest.approx(measured.firing_rate, rel=1e-6)
-    rates = record.outcome["firing_rates"].values()
-    assert abs(sum(rates) / len(rates) - measured.firing_rate) > 1e-3
 
 
 def test_ctrl_c_on_the_command_line_is_one_sentence(capsys):
