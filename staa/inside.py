@@ -52,9 +52,19 @@ def focus(k: Tensor) -> float:
     return float(entropy.exp().mean()) / k[0, 0].numel()
 
 
+def nine_tenths(layers: list[dict[str, Tensor]]) -> tuple[float, float]:
+    """Between which two numbers nine tenths of the M of these layers lie; each counts for the neurons it weighs."""
+    M = torch.cat([parts["M"].flatten() for parts in layers])
+    places = torch.cat([torch.full((parts["M"].numel(),), parts["S"][0, 0, 0].numel()) for parts in layers])
+    M, order = M.sort()
+    share = places[order].cumsum(0).double() / places.sum()
+    low, high = (M[min(int((share < q).sum()), len(M) - 1)] for q in (0.05, 0.95))
+    return float(low), float(high)
+
+
 def table(found: dict[str, tuple[Trace, Effects]]) -> pd.DataFrame:
-    """A row a network, by label, as `measure` gives it: each layer counted by its neurons; over how much of a map k is
-    spread, the mean over layers; and of M, of all layers, channels, steps and images, where nine tenths of them lie."""
+    """A row a network, by label, as `measure` gives it, each layer counted by its neurons; over how much of a map k is
+    spread, the mean over layers; and where the M of nine tenths of the neurons, steps and images lies."""
     rows = []
     for label, (seen, parts) in found.items():
         rate = weighted([float(p["S"].mean()) for p in seen.values()], seen)
@@ -64,8 +74,8 @@ def table(found: dict[str, tuple[Trace, Effects]]) -> pd.DataFrame:
             row[part] = "off" if np.isnan(own).any() else f"{100 * weighted(own, seen):.2f}"
         spread = [100 * focus(p["k"]) for p in seen.values() if "k" in p]
         row["k spreads over, %"] = f"{np.mean(spread):.0f}" if spread else "off"
-        gates = [p["M"].flatten() for p in seen.values() if "M" in p]
-        row["M"] = "{:.2f} to {:.2f}".format(*np.quantile(torch.cat(gates), [0.05, 0.95])) if gates else "off"
+        gates = [p for p in seen.values() if "M" in p]
+        row["M"] = "{:.2f} to {:.2f}".format(*nine_tenths(gates)) if gates else "off"
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -100,18 +110,20 @@ def board(network: SpikingNetwork, x: Tensor, pictures: list, **start) -> Callab
     layer, a time step, a channel and a place.
 
     pictures: the B images as they are shown. start: where a slider starts, if not at its first value. Returns what
-    `sliders.explore` does. Raises ValueError where a neuron is no LIF.
+    `sliders.explore` does. Raises ValueError where a neuron is no LIF, and on a start that is no slider's.
     """
     layers = neurons(network).items()
     if others := [name for name, neuron in layers if not isinstance(neuron, LIF)]:
         raise ValueError(f"the board shows the potential of LIF neurons, and {others[0]} is none")
     thresholds = {name: neuron.numbers()[2] for name, neuron in layers if isinstance(neuron, LIF)}
     shown = Board(look(network, x), thresholds, pictures)
-    start = dict(image=1, layer=1, t=1, channel=1, row=0.5, column=0.5) | start
     ranges = dict(image=(1, len(x), 1), layer=(1, len(shown.layers), 1), t=(1, shown.T, 1),
                   channel=(1, max(parts["X"].shape[2] for _, parts in shown.layers), 1),
                   row=(0.0, 0.99, 0.01), column=(0.0, 0.99, 0.01))
-    return sliders.explore(shown.figure, shown.update, **{name: (*of, start[name]) for name, of in ranges.items()})
+    if unknown := start.keys() - ranges:
+        raise ValueError(f"start takes {', '.join(ranges)}, got {', '.join(sorted(unknown))}")
+    starts = dict(image=1, layer=1, t=1, channel=1, row=0.5, column=0.5) | start
+    return sliders.explore(shown.figure, shown.update, **{name: (*of, starts[name]) for name, of in ranges.items()})
 
 
 class Board:

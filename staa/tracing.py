@@ -34,7 +34,8 @@ def traced(network: nn.Module) -> Iterator[dict[str, dict[str, Tensor]]]:
     threshold. A symbol that a neuron does not have, whose block is off or is one of your own, is absent; PE is the one
     added to the input, and X~ of FSTA its own. A neuron that is no `LIF` has X and S only, one that ran several times
     its last call, one that did not run is absent. In training the aggregator is kept at the steps that TSRD drops, too.
-    Nothing has a gradient. DataParallel's replicas, and what was compiled before, are not seen.
+    Nothing has a gradient. DataParallel's replicas, and what was compiled before, are not seen. All of it, five tensors
+    of X's size a layer and some small ones, stays on the network's device as long as `seen` does.
     """
     seen: dict[str, dict[str, Tensor]] = {}
     with ExitStack() as stack:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 
 import numpy as np
 import pytest
@@ -44,6 +45,15 @@ def test_a_layer_counts_by_its_neurons():
     assert inside.weighted([1.0, 4.0], seen) == pytest.approx(2.0)
 
 
+def test_nine_tenths_of_the_neurons_by_hand():
+    """A layer of 16 places whose M are 1, and one of a single place whose M go from 0 to 2."""
+    large = {"M": torch.ones(1, 1, 10), "S": torch.zeros(1, 1, 10, 4, 4)}          # 160 neurons
+    small = {"M": torch.linspace(0, 2, 41).view(1, 1, 41), "S": torch.zeros(1, 1, 41, 1, 1)}
+    assert inside.nine_tenths([small]) == pytest.approx((0.1, 1.9))                # the third and the third last of 41
+    low, high = inside.nine_tenths([large, small])                                 # 5 % of 201 are 10.05: the eleventh
+    assert (low, high) == pytest.approx((0.5, 1.5))
+
+
 def test_the_table_holds_what_firing_rates_and_gates_say(network, images):
     found = inside.measure(network, images)
     lif = staa.build("resnet20", "lif", width=1 / 8, T=2).eval()
@@ -52,10 +62,9 @@ def test_the_table_holds_what_firing_rates_and_gates_say(network, images):
         network(images)
     sizes = [of["S"][0, 0].numel() for of in found[0].values()]
     assert table.loc["STAA", "Firing rate, %"] == f"{100 * np.average(list(rates().values()), weights=sizes):.1f}"
-    gates = np.sort(np.concatenate([of["M"].numpy().ravel() for of in found[0].values()]))
-    low, high = map(float, table.loc["STAA", "M"].split(" to "))
-    outside = ((gates < low - 0.005) | (gates > high + 0.005)).mean()
-    assert 0.08 < outside < 0.12 and 0 < low < high < 2
+    gates = np.concatenate([np.broadcast_to(of["M"].numpy()[..., None, None], of["S"].shape).ravel() for of in found[0].values()])
+    low, high = np.quantile(gates, [0.05, 0.95], method="inverted_cdf")  # every neuron's M, one by one
+    assert table.loc["STAA", "M"] == f"{low:.2f} to {high:.2f}" and 0 < low < high < 2
     assert 0 < float(table.loc["STAA", "SA, over images"]) < float(table.loc["STAA", "GC"]) < 100
     assert set(table.loc["LIF"]) - {table.loc["LIF", "Firing rate, %"]} == {"off"}
 
@@ -150,6 +159,11 @@ def test_a_board_of_lif_neurons_leaves_attention_empty(images, monkeypatch):
     assert np.isnan(board.lines["M"].get_ydata()).all() and not np.isnan(board.lines["X~"].get_ydata()).any()
 
 
+def test_a_start_that_is_no_slider_is_refused(network, images):
+    with pytest.raises(ValueError, match="^start takes image, layer, t, channel, row, column, got step$"):
+        inside.board(network, images, [], step=2)
+
+
 def test_a_board_takes_lif_neurons_only_and_says_so(images):
     class Threshold(torch.nn.Module):
         is_neuron = True
@@ -197,18 +211,24 @@ def test_the_notebooks_sentences_are_those_of_the_shipped_networks():
 
     text = " ".join((records.ROOT / "notebooks" / "inside.ipynb").read_text().replace('\\n",', "").replace('"', "").split())
     x = torch.stack([data.transform("cifar10", 32)(tile) for tile in samples.photographs(32, rows=4)])
-    said = []
+    near, without, image, rates = [], [], [], []
     for neuron in ("staa", "staa-leaky"):
         (run,) = weights.shipped(neuron=neuron)
         seen, parts = inside.measure(train.trained(run), x)
         share = {part: inside.weighted([of[part] for of in parts.values()], seen) for part in inside.PARTS}
-        near = inside.weighted([float(((of["M"] - 1).abs() < 0.05).double().mean()) for of in seen.values()], seen)
-        said.append((f"{100 * near:.0f}", f"{1000 * share['SA']:.0f}", f"{1000 * share['SA, over images']:.0f}"))
+        close = [float(((of["M"] - 1).abs() < 0.05).double().mean()) for of in seen.values()]
+        near.append(100 * inside.weighted(close, seen))
+        without.append(1000 * share["SA"])
+        rates.append(1000 * inside.weighted([float(of["S"].mean()) for of in seen.values()], seen))
+        image.append(1000 * share["SA, over images"])
         assert 0.4 < share["GC, over images"] / share["GC"] < 0.6, "about half as many"
         assert share["where GC looks"] < 0.5 * share["GC, over images"] and share["PE, over steps"] > 0.75 * share["PE"]
         first, *_, last = parts.values()
-        assert all(first[part] > last[part] for part in parts["stem.1"]), "most in the first layers"
-    (near, without, image), (near_leaky, without_leaky, image_leaky) = said
-    assert f"Of the neurons of `staa` {near} %, of `staa-leaky` {near_leaky} %, have an $M$ within 0.05" in text
-    assert f"changes at {without} and at {without_leaky} of a thousand neurons and steps; at {image} of a thousand" in text
-    assert image == image_leaky
+        assert all(first[part] > last[part] for part in inside.PARTS), "most in the first layers"
+    said = re.search(r"Of the neurons of `staa` (\d+) %, of `staa-leaky` (\d+) %, have an \$M\$ within 0.05 .* changes at (\d+) and at "
+                     r"(\d+) of a thousand neurons and steps; at (\d+) of a thousand", text)
+    for number, value in zip(said.groups(), [*near, *without, image[0]]):
+        assert float(number) == pytest.approx(value, abs=0.7)  # a CPU that rounds otherwise turns a few spikes
+    assert image[1] == pytest.approx(image[0], abs=0.5)
+    fire = re.search(r"Of a thousand neurons and steps (\d+) to (\d+) fire", text)
+    assert [int(number) for number in fire.groups()] == pytest.approx(sorted(rates), abs=2)
