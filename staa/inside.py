@@ -117,13 +117,13 @@ def board(network: SpikingNetwork, x: Tensor, pictures: list, **start) -> Callab
         raise ValueError(f"the board shows the potential of LIF neurons, and {others[0]} is none")
     thresholds = {name: neuron.numbers()[2] for name, neuron in layers if isinstance(neuron, LIF)}
     shown = Board(look(network, x), thresholds, pictures)
-    ranges = dict(image=(1, len(x), 1), layer=(1, len(shown.layers), 1), t=(1, shown.T, 1),
-                  channel=(1, max(parts["X"].shape[2] for _, parts in shown.layers), 1),
-                  row=(0.0, 0.99, 0.01), column=(0.0, 0.99, 0.01))
-    if unknown := start.keys() - ranges:
-        raise ValueError(f"start takes {', '.join(ranges)}, got {', '.join(sorted(unknown))}")
-    starts = dict(image=1, layer=1, t=1, channel=1, row=0.5, column=0.5) | start
-    return sliders.explore(shown.figure, shown.update, **{name: (*of, starts[name]) for name, of in ranges.items()})
+    settings = dict(image=(1, len(x), 1, 1), layer=(1, len(shown.layers), 1, 1), t=(1, shown.T, 1, 1),
+                    channel=(1, max(parts["X"].shape[2] for _, parts in shown.layers), 1, 1),
+                    row=(0.0, 0.99, 0.01, 0.5), column=(0.0, 0.99, 0.01, 0.5))
+    if unknown := start.keys() - settings:
+        raise ValueError(f"start takes {', '.join(settings)}, got {', '.join(sorted(unknown))}")
+    moved = {name: (*settings[name][:3], value) for name, value in start.items()}
+    return sliders.explore(shown.figure, shown.update, **settings | moved)
 
 
 class Board:

@@ -220,7 +220,7 @@ def full_settings(neuron: str, settings: dict) -> dict | None:
 
 
 def training(record: Record) -> str:
-    """What was trained, in a few words; of SGD, which all but the transformers are trained with, none."""
+    """What was trained, in a few words; the optimizer where it is not SGD."""
     c = LATER | record.config
     images = f"{record.outcome['train_images']:,} images" + ", AdamW" * (c["optimizer"] == "adamw")
     return f"{c['epochs']} epochs, width {c['width']:g}, {images}"
