@@ -19,6 +19,7 @@ from torch import nn
 import staa
 from staa import fused, records
 from staa.attention import STAALIF
+from staa.cuda_graph import Captured
 from staa.fsta import FSTALIF
 from staa.neuron import LIF, over_time
 from staa.statten import STAttenLIF
@@ -150,6 +151,22 @@ def training_step(net, x, labels):
     return case
 
 
+def captured(net, x, labels):
+    """The training step as one CUDA graph, as `staa.run` trains on a GPU."""
+    graph = Captured(net)
+
+    def work(x, labels):
+        with autocast(x.device):
+            loss = nn.functional.cross_entropy(net(x), labels)
+        loss.backward()
+        return loss.detach(),
+
+    def case():
+        net.zero_grad()
+        graph(work, x, labels)
+    return case
+
+
 def inference(net, x):
     def case():
         with torch.no_grad(), autocast(x.device):
@@ -179,24 +196,14 @@ def networks(device, rounds) -> tuple[dict, dict]:
     own = ("LIF", "STAA", "FSTA", "STAtten-2-256")
     cases = {name: training_step(net, x, labels) for name, net in nets.items()}
     cases |= {f"{name}, reference": reference(training_step(nets[name], x, labels)) for name in own}
+    if device.type == "cuda":
+        cases |= {f"{name}, captured": captured(net, x, labels) for name, net in nets.items() if name != "SpikingJelly"}
     cases |= {f"{name}, inference": inference(net, x) for name, net in nets.items()}
     memory = {name: kept(net, x) for name, net in nets.items()}
     with reference:
         memory |= {f"{name}, reference": kept(nets[name], x) for name in own}
     return ({name: summary(t) for name, t in interleaved(cases, device, rounds).items()},
             {name: round(mib) for name, mib in memory.items()})
-
-
-def whole(name, neuron, device, rounds) -> dict:
-    """A training step of the whole network compiled, with CUDA graphs, for launches; two CPU cores compile for minutes
-    and gain nothing. The compiler, a recording and its replay may each fail."""
-    net = network(neuron, device, **({"beta": 0.0} if neuron == "staa" else {}))
-    case = training_step(torch.compile(net, mode="reduce-overhead"), *batch(BATCH[device.type], device))
-    try:
-        return {name: summary(times) for name, times in interleaved({name: case}, device, rounds).items()}
-    except Exception as error:
-        print(f"{name}: left out, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        return {}
 
 
 def write_part(found: dict):
@@ -269,11 +276,6 @@ def main(device: torch.device, rounds: int):
     if "network" not in found:
         found["network"], found["MiB kept for the backward pass"] = networks(device, max(rounds // 2, 3))
         write_part(found)
-    if device.type == "cuda":
-        write("speed", device, found)
-        for name, neuron in {"ReLU": ReLU, "LIF": "lif", "STAA": "staa"}.items():
-            found["network"] |= whole(f"{name}, whole network compiled", neuron, device, max(rounds // 2, 3))
-            write("speed", device, found)
     for section in [name for name in found if name.startswith("(")] + ["network"]:
         print(f"\n{section}")
         for name, t in found[section].items():

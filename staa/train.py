@@ -23,6 +23,7 @@ from . import data, devices, memory, records
 from .checkpoint import read, resume, save
 from .command import command, words_to_settings
 from .config import Config
+from .cuda_graph import Captured, can_be_captured
 from .data import evaluation_set as evaluation_set
 from .distributed import ALONE, Peers, Statistics, join
 from .firing import firing_rates
@@ -139,12 +140,14 @@ def _train(config: Config, place: Path, device, workers, log, peers: Peers) -> R
         epochs, seconds = resume(place / "checkpoint.pt", network, optimizer, peers)
         augment = data.transform(config.dataset, config.image_size, config.augment, config.T)
         load = Loader(config, device, workers, peers)
+        alone = device.type == "cuda" and peers.size == 1 and not config.microbatch
+        captured = Captured(network) if alone and can_be_captured(network) else None
         for epoch in range(len(epochs), config.epochs):
             start, work = time.perf_counter(), time.process_time()
             torch.manual_seed(data.mix(config.seed, epoch + 1))  # an epoch's randomness needs no saved state
             view = data.View(train_set, indices, augment, config.seed, epoch, mixup="mixup" in config.augment)
             loader = load(view, config.augment, shuffle=True)
-            loss, accuracy = train_epoch(network, optimizer, loader, config, epoch, device, peers)
+            loss, accuracy = train_epoch(network, optimizer, loader, config, epoch, device, peers, captured)
             loader = load(tests, "none", shuffle=False)
             test_loss, test_accuracy, rates = evaluate(network, loader, config, device, peers)
             lost = [f"the tensor {name}" for name, t in network.state_dict().items() if not t.isfinite().all()]
@@ -176,16 +179,25 @@ def _train(config: Config, place: Path, device, workers, log, peers: Peers) -> R
     return peers.first(finish)
 
 
-def train_epoch(network, optimizer, loader, config: Config, epoch: int, device, peers=ALONE) -> tuple[float, float]:
-    """One pass over the data; mean loss and accuracy in percent over the images as they were seen."""
+def train_epoch(network, optimizer, loader, config: Config, epoch: int, device, peers=ALONE,
+                captured: Captured | None = None) -> tuple[float, float]:
+    """One pass over the data; mean loss and accuracy in percent over the images as they were seen. captured: computes
+    the gradients as one CUDA graph, see `staa.cuda_graph`."""
     network.train()
     losses, counts = [], torch.zeros(2, dtype=torch.int64, device=device)  # correct, images
+
+    def work(x, y):
+        seen = torch.zeros_like(counts)
+        return gradient(network, x, y, config, (epoch, step), whole, device, peers, seen), seen
+
     for step, (x, y) in enumerate(loader):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, epoch + step / len(loader), 1 / len(loader))
         optimizer.zero_grad()
         whole = len(y) if peers.size == 1 else min(config.batch_size, len(loader.dataset) - step * config.batch_size)
-        losses.append(gradient(network, x, y, config, (epoch, step), whole, device, peers, counts))
+        loss, seen = captured(work, x, y) if captured else work(x, y)
+        losses.append(loss)
+        counts += seen
         peers.sum_gradients(network)
         if config.clip_norm:
             nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)

@@ -1,0 +1,165 @@
+"""On a GPU: the fast path against the equations, the captured step against the plain one, and a run."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import staa
+from staa import Config, cuda_graph, data, fused, resident, train
+from staa.cuda_graph import Captured
+from staa.fsta import FSTALIF
+from staa.statten import STAttenLIF
+from staa.variants import LeakySTAALIF
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+GPU = torch.device("cuda")
+
+
+def current(*shape, dtype=torch.float32, channels_last=True):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = 2 * torch.randn(shape[0] * shape[1], *shape[2:], device=GPU)
+    return x.to(dtype, memory_format=layout).unflatten(0, shape[:2])
+
+
+def both(neuron, x, gradient):
+    torch.manual_seed(0)  # of TSRD
+    x = x.detach().requires_grad_()
+    s = neuron(x)
+    return [s.detach(), *torch.autograd.grad(s, [x, *neuron.parameters()], gradient)]
+
+
+@pytest.mark.parametrize("make", [
+    staa.LIF, lambda c, T: staa.LIF(decay=0.4, gain=0.6, v_reset=-0.2), lambda c, T: staa.STAALIF(c, T, beta=0.3),
+    lambda c, T: LeakySTAALIF(c, T), FSTALIF, lambda c, T: STAttenLIF()])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_fast_path_is_the_equations(make, dtype, channels_last, monkeypatch):
+    """In double precision all of it. In lower ones a last bit decides a spike in ten thousand, and each one leaves its
+    mark in the gradients."""
+    torch.manual_seed(1)
+    neuron = make(64, 4).to(GPU, dtype if dtype == torch.float64 or make is FSTALIF else torch.float32)
+    with torch.no_grad():
+        for p in neuron.parameters():
+            p += 0.1 * torch.randn_like(p)
+    x = current(4, 16, 64, 32, 32, dtype=dtype, channels_last=channels_last)
+    gradient = torch.randn_like(x)
+    s, *gradients = both(neuron, x, gradient)
+    monkeypatch.setattr(fused, "enabled", False)
+    true, *expected = both(neuron, x, gradient)
+    assert 0.01 < true.float().mean() < 0.9 and (s != true).float().mean() < 1e-4
+    if dtype == torch.float64:
+        assert torch.equal(s, true)
+    for a, b in zip(gradients, expected) if dtype == torch.float64 else [(gradients[0].float(), expected[0].float())]:
+        assert (a - b).norm() <= {torch.float64: 1e-9, torch.float32: 1e-2, torch.bfloat16: 3e-2}[dtype] * b.norm() + 1e-9
+
+
+def step_of(network):
+    def work(x, y):
+        loss = F.cross_entropy(network(x), y)
+        loss.backward()
+        return loss.detach(),
+    return work
+
+
+def batch(n=32):
+    return (torch.randn(n, 3, 32, 32, device=GPU).contiguous(memory_format=torch.channels_last),
+            torch.randint(10, (n,), device=GPU))
+
+
+@pytest.mark.parametrize("neuron, settings", [("lif", {}), ("staa", {"beta": 0.0}), ("fsta", {})])
+def test_a_captured_step_is_the_plain_one(neuron, settings):
+    torch.manual_seed(0)
+    network = staa.build("resnet20", neuron, T=4, width=1 / 4, **settings).to(GPU, memory_format=torch.channels_last)
+    other = copy.deepcopy(network)
+    work, plain, captured = step_of(network), step_of(other), Captured(network)
+    for i in range(8):
+        x, y = batch(32 if i != 5 else 20)  # one of another size between
+        network.zero_grad(), other.zero_grad()
+        loss, = captured(work, x, y)
+        expected, = plain(x, y)
+        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
+        for p, q in zip(network.parameters(), other.parameters()):
+            torch.testing.assert_close(p.grad, q.grad, rtol=0.05, atol=0.05 * float(q.grad.abs().max()))
+    assert captured.graph is not None
+    for a, b in zip(network.buffers(), other.buffers()):  # BN's statistics
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+def test_every_replay_draws_anew_what_TSRD_drops():
+    torch.manual_seed(0)
+    network = staa.build("resnet20", "staa", T=4, width=1 / 4, beta=0.5).to(GPU)
+    for module in network.modules():
+        if isinstance(module, staa.STAALIF):
+            torch.nn.init.normal_(module.gc.value.bias)
+    captured, (x, y) = Captured(network), batch()
+    losses = {float(captured(step_of(network), x, y)[0]) for _ in range(12)}
+    assert captured.graph is not None and len(losses) > 6
+    torch.manual_seed(5)
+    one = float(captured(step_of(network), x, y)[0])
+    torch.manual_seed(5)
+    assert float(captured(step_of(network), x, y)[0]) == pytest.approx(one, rel=1e-3)
+
+
+class Noise:
+    data = np.random.default_rng(0).integers(0, 256, (500, 32, 32, 3), dtype=np.uint8)
+    targets = [i % 10 for i in range(500)]
+    classes = [str(i) for i in range(10)]
+
+    def __len__(self):
+        return 500
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_the_host_never_waits_inside_an_epoch(captures):
+    config = Config(dataset="cifar10", width=1 / 4, batch_size=64, precision="bf16", augment="standard")
+    network = staa.build("resnet20", "staa", T=4, width=1 / 4).to(GPU, memory_format=torch.channels_last)
+    optimizer = train.new_optimizer(config, network.parameters())
+    images = resident.Images(data.View(Noise(), range(500), None), "cifar10", GPU)
+    captured = Captured(network) if captures else None
+
+    class Watched:
+        dataset = Noise()
+
+        def __init__(self, mode):
+            self.mode = mode
+            self.batches = resident.Batches(images, 64, "standard", shuffle=True, seed=0, epoch=0)
+
+        def __len__(self):
+            return len(self.batches)
+
+        def __iter__(self):
+            torch.cuda.set_sync_debug_mode(self.mode)
+            try:
+                yield from self.batches
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    for mode in ("default", "error"):  # the first epoch compiles
+        loss, accuracy = train.train_epoch(network, optimizer, Watched(mode), config, 0, GPU, captured=captured)
+    assert 0 < loss < 10 and captures == bool(captured and captured.graph)
+
+
+def test_a_run_is_captured_and_learns(tmp_path, monkeypatch):
+    monkeypatch.setenv("STAA_RUNS", str(tmp_path))
+    monkeypatch.setenv("STAA_RECORDS", str(tmp_path / "none"))
+    made = []
+
+    class Watched(Captured):
+        def __init__(self, network):
+            super().__init__(network)
+            made.append(self)
+    monkeypatch.setattr(train, "Captured", Watched)
+    record = train.run(Config(dataset="digits", image_size=16, width=1 / 4, epochs=6, batch_size=32, lr=0.02))
+    assert made[0].graph is not None and record.accuracy > 60
+    assert torch.cuda.get_device_name() in str(record.provenance)
+
+
+def test_somebodys_own_layer_is_not_captured():
+    class Own(torch.nn.Module):
+        pass
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), staa.LIF())
+    assert cuda_graph.can_be_captured(network)
+    assert not cuda_graph.can_be_captured(torch.nn.Sequential(network, Own()))
