@@ -25,8 +25,9 @@ from staa.neuron import LIF, over_time
 from staa.statten import STAttenLIF
 from staa.surrogate import rectangle
 
-#: Currents (T, B, C, H, W); on a GPU larger ones, or their time is that of the Python around them.
-SHAPES = {"cpu": [(4, 32, 64, 32, 32), (16, 8, 64, 32, 32)], "cuda": [(4, 512, 64, 32, 32), (16, 128, 64, 32, 32)]}
+#: Currents (T, B, C, H, W); on a GPU larger ones, or their time is that of the Python around them. Of many time steps a
+#: GPU computes LIF only: it compiles STAA for minutes.
+SHAPES = {"cpu": [(4, 32, 64, 32, 32), (16, 8, 64, 32, 32)], "cuda": [(4, 2048, 64, 32, 32), (16, 512, 64, 32, 32)]}
 TYPES = {"cpu": [torch.float32], "cuda": [torch.float32, torch.bfloat16]}
 BATCH = {"cpu": 32, "cuda": 128}  # of the networks
 #: What is measured so far; the next call goes on from there.
@@ -117,12 +118,13 @@ def neurons(shape, dtype, keep_freed, device, rounds) -> dict:
     cases = {"copy": lambda: room.copy_(x)}
     cases |= {name: both_ways(layer, x, gradient) for name, layer in layers.items()}
     plain, with_attention = both_ways(lif, x, gradient), both_ways(attention, x, gradient)
-    cases |= {"LIF": plain, "LIF, no compiler": no_compiler(plain), "LIF, reference": reference(plain),
-              "STAA": with_attention, "STAA, reference": reference(with_attention)}
-    for name, sibling in {"FSTA's LIF": FSTALIF(shape[2], shape[0], temporal=False, spatial=False, slope=3.0),
-                          "STAtten's LIF": STAttenLIF()}.items():
-        work = both_ways(sibling, x, gradient)
-        cases |= {name: work, f"{name}, reference": reference(work)}
+    cases |= {"LIF": plain, "LIF, no compiler": no_compiler(plain), "LIF, reference": reference(plain)}
+    if device.type == "cpu" or shape[0] <= 4:
+        cases |= {"STAA": with_attention, "STAA, reference": reference(with_attention)}
+        for name, sibling in {"FSTA's LIF": FSTALIF(shape[2], shape[0], temporal=False, spatial=False, slope=3.0),
+                              "STAtten's LIF": STAttenLIF()}.items():
+            work = both_ways(sibling, x, gradient)
+            cases |= {name: work, f"{name}, reference": reference(work)}
     return {name: summary(t) for name, t in interleaved(cases, device, rounds, keep_freed).items()}
 
 
@@ -198,11 +200,12 @@ def networks(device, rounds) -> tuple[dict, dict]:
     cases |= {f"{name}, reference": reference(training_step(nets[name], x, labels)) for name in own}
     if device.type == "cuda":
         cases |= {f"{name}, captured": captured(net, x, labels) for name, net in nets.items() if name != "SpikingJelly"}
+        cases["STAA, reference, captured"] = reference(captured(nets["STAA"], x, labels))
     cases |= {f"{name}, inference": inference(net, x) for name, net in nets.items()}
     memory = {name: kept(net, x) for name, net in nets.items()}
     with reference:
         memory |= {f"{name}, reference": kept(nets[name], x) for name in own}
-    return ({name: summary(t) for name, t in interleaved(cases, device, rounds).items()},
+    return ({name: summary(t) for name, t in interleaved(cases, device, rounds, calls=4).items()},
             {name: round(mib) for name, mib in memory.items()})
 
 
@@ -226,8 +229,9 @@ def rows(found: dict) -> list[tuple[str, float, str, bool]]:
     """(what, measured, goal, whether it is met)."""
     handed_back = [section for section in found if section.endswith(HANDED_BACK)]
     first, second, *bf16 = [section for section in found if section.startswith("(") and section not in handed_back]
-    step, kept = "ResNet-20, training step", found["MiB kept for the backward pass"]
+    kept = found["MiB kept for the backward pass"]
     device = "cuda" if "device" in found["machine"] else "cpu"
+    ways = {"ResNet-20, training step": ""} | ({"ResNet-20, captured step": ", captured"} if device == "cuda" else {})
 
     def ratio(section, above, below):
         return found[section][above]["median"] / found[section][below]["median"]
@@ -244,15 +248,19 @@ def rows(found: dict) -> list[tuple[str, float, str, bool]]:
         # 20 bytes a neuron-step are the least, which is 2.5 copies; on a GPU 1.3 times that.
         (f"LIF {first}: our time over that of one copy", ratio(first, "LIF", "copy"), "<= 4", "<= 3.25"),
         (f"STAA {first}: the equations as they stand over ours", ratio(first, "STAA, reference", "STAA"), ">= 4", ""),
-        (f"{step}: LIF over ReLU", ratio("network", "LIF", "ReLU"), "<= 1.1", "<= 1.25"),
-        (f"{step}: SpikingJelly over ReLU", ratio("network", "SpikingJelly", "ReLU"), "", ""),
-        (f"{step}: STAA over LIF", ratio("network", "STAA", "LIF"), "<= 1.2", "<= 1.5"),
-        (f"{step}: STAA's equations as they stand over ours", ratio("network", "STAA, reference", "STAA"), "", ">= 3"),
-        (f"{step}: FSTA over LIF", ratio("network", "FSTA", "LIF"), "", ""),
+        *((f"{step}: LIF over ReLU", ratio("network", f"LIF{way}", f"ReLU{way}"), "<= 1.1", "<= 1.25")
+          for step, way in ways.items()),
+        ("ResNet-20, training step: SpikingJelly over ReLU", ratio("network", "SpikingJelly", "ReLU"), "", ""),
+        *((f"{step}: STAA over LIF", ratio("network", f"STAA{way}", f"LIF{way}"), "<= 1.2", "<= 1.5")
+          for step, way in ways.items()),
+        *((f"{step}: STAA's equations as they stand over ours",
+           ratio("network", f"STAA, reference{way}", f"STAA{way}"), "", ">= 3") for step, way in ways.items()),
+        *((f"{step}: FSTA over LIF", ratio("network", f"FSTA{way}", f"LIF{way}"), "", "")
+          for step, way in ways.items()),
         ("STAtten-2-256, training step: its equations as they stand over ours",
          ratio("network", "STAtten-2-256, reference", "STAtten-2-256"), "", ""),
-        (f"{step} with STAA: images a second", 1e3 * BATCH[device] / found["network"]["STAA"]["median"],
-         "", ">= 20000"),
+        *((f"{step} with STAA: images a second", 1e3 * BATCH[device] / found["network"][f"STAA{way}"]["median"],
+           "", ">= 20000") for step, way in ways.items()),
         ("ResNet-20 with STAA: MiB kept for the backward pass", kept["STAA"], "<= 700", ""),
         ("ResNet-20 with STAA: the same over that of its equations as they stand",
          kept["STAA"] / kept["STAA, reference"], "", "<= 0.53")]

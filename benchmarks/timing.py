@@ -16,25 +16,25 @@ from staa import memory, records
 HERE = Path(__file__).parent
 
 
-def interleaved(cases: dict[str, Callable], device: torch.device, rounds: int,
-                keep_freed: bool = True) -> dict[str, list[float]]:
+def interleaved(cases: dict[str, Callable], device: torch.device, rounds: int, keep_freed: bool = True,
+                calls: int = 10) -> dict[str, list[float]]:
     """Milliseconds of each case, once a round, after two calls to warm up. Noise of the machine meets all alike, and
     so does the memory: on a CPU what is freed is kept from the first `keep_freed` on, as `staa.run` does, for the peers
-    as well. On a GPU a call is the mean of ten, sent one after the other as in training: the longer of the host's time
-    and the GPU's."""
+    as well. On a GPU a call is the mean of several, sent one after the other as in training: the longer of the host's
+    time and the GPU's."""
     if keep_freed and device.type == "cpu":
         memory.keep_freed()
-    calls = 1 if device.type == "cpu" else 10
     times = {name: [] for name in cases}
     for round in range(-2, rounds):
         for name, work in cases.items():
+            together = calls if device.type == "cuda" and round >= 0 else 1
             wait(device)
             start = time.perf_counter()
-            for _ in range(calls):
+            for _ in range(together):
                 work()
             wait(device)
             if round >= 0:
-                times[name].append(1e3 * (time.perf_counter() - start) / calls)
+                times[name].append(1e3 * (time.perf_counter() - start) / together)
     return times
 
 

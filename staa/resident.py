@@ -16,12 +16,13 @@ from .config import Config
 from .data import GREY, View, batches, describe, mix
 from .distributed import Peers
 
-#: About so many images are augmented at once: AutoAugment works on groups of equal draws, and the more images, the
-#: fewer groups for each.
-CHUNK = 4096
+#: About so many images are augmented at once, as bytes: AutoAugment works on groups of equal draws, a few kernels each,
+#: and the more images, the fewer groups for each. All of CIFAR then takes a tenth of the time that it takes by 4096.
+CHUNK = 2 ** 16
 AUGMENTATIONS = ("none", "standard", "autoaugment")
-#: At least so many images are evaluated at once: a smaller batch_size is chosen for the sake of training.
-EVALUATED = 64
+#: At least so many images are evaluated at once: a smaller batch_size is chosen for the sake of training. RESIDENT:
+#: those in a GPU's memory, which a small batch leaves waiting for its launches.
+EVALUATED, RESIDENT = 64, 500
 
 
 def fits(view: View, config: Config, augment: str, device: torch.device) -> bool:
@@ -44,6 +45,7 @@ class Loader:
     def __call__(self, view: View, augment: str, *, shuffle: bool) -> Iterable[tuple[Tensor, Tensor]]:
         size = self.config.batch_size if shuffle else max(self.config.batch_size, EVALUATED)
         if self.peers.size == 1 and fits(view, self.config, augment, self.device):
+            size = max(size, RESIDENT) if self.device.type == "cuda" and not shuffle else size
             key = id(view.dataset)
             if key not in self.resident:
                 self.resident[key] = Images(view, self.config.dataset, self.device)
@@ -89,8 +91,8 @@ class Batches:
             if self.augment == "autoaugment":
                 x = auto_augment(x, draw)
                 x = cutout(x, x.shape[-1] // 2, draw)
-            x = self.images.normalise(x.float()).contiguous(memory_format=torch.channels_last)
-            yield from zip(x.split(self.batch_size), self.images.labels[part].split(self.batch_size))
+            for x, y in zip(x.split(self.batch_size), self.images.labels[part].split(self.batch_size)):
+                yield self.images.normalise(x.float()).contiguous(memory_format=torch.channels_last), y
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:

@@ -37,8 +37,8 @@ def both(neuron, x, gradient):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_fast_path_is_the_equations(make, dtype, channels_last, monkeypatch):
-    """In double precision all of it. In lower ones a last bit decides a spike in ten thousand, and each one leaves its
-    mark in the gradients."""
+    """In double precision all of it. In lower ones a last bit may decide a spike in ten thousand, and each of them leaves
+    its mark, of relative size 1, in the gradient."""
     torch.manual_seed(1)
     neuron = make(64, 4).to(GPU, dtype if dtype == torch.float64 or make is FSTALIF else torch.float32)
     with torch.no_grad():
@@ -52,8 +52,9 @@ def test_fast_path_is_the_equations(make, dtype, channels_last, monkeypatch):
     assert 0.01 < true.float().mean() < 0.9 and (s != true).float().mean() < 1e-4
     if dtype == torch.float64:
         assert torch.equal(s, true)
-    for a, b in zip(gradients, expected) if dtype == torch.float64 else [(gradients[0].float(), expected[0].float())]:
-        assert (a - b).norm() <= {torch.float64: 1e-9, torch.float32: 1e-2, torch.bfloat16: 3e-2}[dtype] * b.norm() + 1e-9
+        for a, b in zip(gradients, expected):
+            assert (a - b).norm() <= 1e-9 * (b.norm() + 1)
+    assert (gradients[0] - expected[0]).float().norm() < 0.05 * expected[0].float().norm()
 
 
 def step_of(network):
