@@ -3,7 +3,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/*.ipynb)))
 RUNS := $(patsubst ~/%,$(HOME)/%,$(or $(STAA_RUNS),runs))
-CORE := neuron attention variants tracing fused gpu torch_tools networks by_hand memory resident synchronisation train
+CORE := neuron attention variants tracing fused gpu cuda cuda_graph torch_tools networks by_hand memory resident synchronisation train
 
 .DEFAULT_GOAL := help
 .PHONY: help setup all list test oldest bench docs site lock refresh clean $(NOTEBOOKS)
@@ -46,7 +46,7 @@ oldest: $(READY) ## the core's tests with the oldest torch, torchvision and NumP
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(foreach part,$(CORE),tests/test_$(part).py)
 
 bench: $(READY)  ## the benchmarks: about ten minutes; writes benchmarks/README.md
-	cd benchmarks && for part in speed scaling loader events report; do ../$(BIN)/python $$part.py || exit 1; done
+	cd benchmarks && for part in speed step scaling loader events report; do ../$(BIN)/python $$part.py || exit 1; done
 
 docs: $(READY)   ## the API page, site/api/index.html, from docstrings
 	@$(BIN)/python tools/publish.py docs

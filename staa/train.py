@@ -185,16 +185,16 @@ def train_epoch(network, optimizer, loader, config: Config, epoch: int, device, 
     the gradients as one CUDA graph, see `staa.cuda_graph`."""
     network.train()
     losses, counts = [], torch.zeros(2, dtype=torch.int64, device=device)  # correct, images
-
-    def work(x, y):
-        seen = torch.zeros_like(counts)
-        return gradient(network, x, y, config, (epoch, step), whole, device, peers, seen), seen
-
     for step, (x, y) in enumerate(loader):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, epoch + step / len(loader), 1 / len(loader))
         optimizer.zero_grad()
         whole = len(y) if peers.size == 1 else min(config.batch_size, len(loader.dataset) - step * config.batch_size)
+
+        def work(x, y, moment=(epoch, step), whole=whole):
+            seen = torch.zeros_like(counts)
+            return gradient(network, x, y, config, moment, whole, device, peers, seen), seen
+
         loss, seen = captured(work, x, y) if captured else work(x, y)
         losses.append(loss)
         counts += seen
