@@ -157,6 +157,17 @@ def test_a_run_keeps_its_sets_apart_and_of_each_the_chosen_images(monkeypatch):
     assert [len(y) for _, y in found] == [64, 6], "evaluated in larger batches than it is trained in"
 
 
+def test_a_gpu_evaluates_larger_batches_than_it_trains_in(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(resident, "Images", lambda *_: None)
+    monkeypatch.setattr(resident, "Batches", lambda images, size, *_, **__: sizes.append(size))
+    for batch_size in (20, 1000):
+        load = resident.Loader(Config(dataset="cifar10", batch_size=batch_size), torch.device("cuda"), 0, Peers())
+        for shuffle in (True, False):
+            load(view(Noise(4)), "none", shuffle=shuffle)
+    assert sizes == [20, 500, 1000, 1000]
+
+
 def test_a_runs_order_is_its_seeds(monkeypatch):
     monkeypatch.setattr(resident, "fits", lambda *_: True)
     load = resident.Loader(Config(dataset="cifar10", batch_size=20), CPU, 0, Peers())
