@@ -19,19 +19,10 @@ Elsewhere on a CPU freed memory is kept (`staa.memory.keep_freed`), as `staa.run
 gain most by it. None of it is a test: what the tests hold is that nothing but the current is kept for the backward
 pass, and that each neuron compiles without a graph break.
 """
-#: The first epoch of training-cuda.json's config on two CPU cores, with precision=float32.
+#: Of training-cuda.json: its first epoch on two CPU cores, with precision=float32; and what its record does not say.
 TWIN = {"train_loss": 1.8368, "train_accuracy": 30.984}
-#: What no measurement above says.
-GPU = """## What is not measured on a GPU
-
-`scaling.py`, `loader.py` and the networks of `speed.py` have not been run there (`--device cuda`), nor has anything on
-several GPUs. The run above was begun with STAA too, but the time that the GPU was lent for ended before it did: there
-is no number of it, and none of the time to 94 %. Of the 17.9 ms for which a step of STAA keeps the GPU busy at batch
-128, at least 4.4 go into 1,201 kernels of small matrix products: the gates and the contexts of the neurons.
-
-An earlier version augmented 4,096 images at once, and its AutoAugment took 4.3 s for 50,000, longer than LIF's steps on
-them; today's has a sixth of the operations, and is not measured.
-"""
+CIRCUMSTANCES = """Other programs ran beside it in the first half. It stands here and not among the results, since the
+run with STAA was not finished, and no other neuron has been trained that way yet."""
 
 
 def table(head, lines) -> str:
@@ -68,7 +59,7 @@ def speed(found) -> str:
             "One neuron, forward and backward, (T, B, C, H, W), float32 where no type is said:\n\n"
             f"{table(['current', 'neuron', 'median, ms', 'quartiles'], times)}\n")
     if "network" not in found:
-        return f"{text}\nThe networks, which are measured last, are missing here: see the next section.\n"
+        return f"{text}\nThe networks, which `speed.py` measures last, are missing: see the next section.\n"
     steps = [(name, ms(t['median']), f"{ms(t['quartiles'][0])} to {ms(t['quartiles'][1])}",
               found["MiB kept for the backward pass"].get(name, "")) for name, t in found["network"].items()]
     return (f"{text}\nResNet-20, and STAtten's transformer, T 4, batch {BATCH[kind(found)]}, training step unless it "
@@ -92,25 +83,37 @@ def step(found) -> str:
             measured.append((f"batch {size}: images a second with {neuron} and SGD, without loading", rate, goal))
     goals = [(what, f"{value:,.0f}" if value > 100 else f"{value:.2f}", goal,
               "" if not goal else "met" if reached(value, goal) else "**missed**") for what, value, goal in measured]
-    return ("## A training step on a GPU\n\nResNet-20, T 4, bf16, milliseconds. On a GPU `staa.run` captures the step "
-            f"as one CUDA graph (`staa.cuda_graph`). {described(found)}; each number is the mean of {found['calls']} "
-            f"steps in a row, measured once.\n\n{table(['quantity, of one graph', 'measured', 'goal', ''], goals)}\n\n"
-            f"{table(['neurons', *names], lines)}\n")
+    calls, most = found["calls"], steps["STAA, batch 128"]
+    return f"""## A training step on a GPU
+
+ResNet-20, T 4, bf16, no TSRD, milliseconds. On a GPU `staa.run` captures the gradients of a batch as one CUDA graph
+(`staa.cuda_graph`). {described(found)}; times are the mean of {calls["one graph"]} steps in a row, kernel by kernel of
+{calls["kernel by kernel"]}, once; what the GPU is busy with, and how many kernels, is of one step under the profiler.
+With STAA and batch 128 at least {most["matrix products"]} ms of it, in {most["kernels of them"]:,} kernels, are small
+matrix products: the gates and the contexts of the neurons.
+
+{table(["quantity, of one graph", "measured", "goal", ""], goals)}
+
+{table(["neurons", *names], lines)}
+"""
 
 
 def training(found) -> str:
     c, outcome, made = found["config"], found["outcome"], found["provenance"]
     late = statistics.median(made["seconds_per_epoch"][-10:])
-    return (f"## A run on a GPU\n\nResNet-20 with {c['neuron'].upper()}, T {c['T']}, full width, "
-            f"{outcome['train_images']:,} images of CIFAR-10, batch {c['batch_size']}, {c['precision']}, augmentation "
-            f"{c['augment']}, warm-up of {c['warmup_epochs']} epoch, seed {c['seed']}: **{outcome['test_accuracy']} %**"
-            f" on the test set after {c['epochs']} epochs (`training-cuda.json`). {made['device']}, torch "
-            f"{made['software']['torch'].partition('+')[0]}, by `staa.train`. Other programs ran beside it at first; "
-            f"an epoch of the last ten took {late:.2f} s (median), the evaluation of {outcome['test_images']:,} images "
-            "included. It stands here, and not among the results, since no other neuron was trained that way yet. To "
-            f"check the GPU, the first epoch was trained on a CPU too, in float32: mean loss {TWIN['train_loss']:.3f} and "
-            f"{TWIN['train_accuracy']:.1f} % right in training; on the GPU {outcome['epochs'][0]['train_loss']:.3f} and "
-            f"{outcome['epochs'][0]['train_accuracy']:.1f} %.\n")
+    first, torch = outcome["epochs"][0], made["software"]["torch"].partition("+")[0]
+    return f"""## A run on a GPU
+
+ResNet-20 with {c["neuron"].upper()}, T {c["T"]}, full width, {outcome["train_images"]:,} images of CIFAR-10, batch
+{c["batch_size"]}, {c["precision"]}, augmentation {c["augment"]}, warm-up of {c["warmup_epochs"]} epoch, seed
+{c["seed"]}: **{outcome["test_accuracy"]} %** on the test set after {c["epochs"]} epochs (`training-cuda.json`).
+{made["device"]}, torch {torch}, by `staa.train`; an epoch of the last ten took {late:.2f} s (median), the evaluation of
+{outcome["test_images"]:,} images included. {CIRCUMSTANCES}
+
+To check the GPU, the first epoch was trained on a CPU too, in float32: mean loss {TWIN["train_loss"]:.3f} and
+{TWIN["train_accuracy"]:.1f} % right in training; on the GPU {first["train_loss"]:.3f} and
+{first["train_accuracy"]:.1f} %.
+"""
 
 
 def scaling(found) -> str:
@@ -153,7 +156,10 @@ def main():
     for name, section in (sections | {"events": events}).items():
         if (path := HERE / f"{name}.json").exists():
             parts.append(section(json.loads(path.read_text())))
-    parts.append(GPU)
+    missing = [f"`{name}.py`" for name in ("speed", "step", "scaling", "loader")
+               if not (HERE / f"{name}-cuda.json").exists()]
+    if missing:
+        parts.append(f"Not measured on a GPU yet: {', '.join(missing)}, and anything on several of them.\n")
     records.write(HERE / "README.md", "\n".join(parts).encode())
 
 

@@ -1,8 +1,9 @@
 """Where the time of a training step goes on a GPU: python benchmarks/step.py.
 
-ResNet-20, T 4, bf16, with ReLU, LIF and STAA: its kernels launched one by one, captured as one CUDA graph as `staa.run`
-trains, and with the optimizer after it; how many kernels it has, and how long the GPU is busy with them. Each number is
-the mean of CALLS steps in a row, once. Writes benchmarks/step-cuda.json, and prints the kernels that take longest.
+ResNet-20, T 4, bf16, with ReLU, LIF and STAA (beta = 0: no TSRD): the step as one CUDA graph, as `staa.run` has it,
+the same and SGD, and its kernels launched one by one. Times are the mean of CALLS steps in a row, once; what the GPU
+is busy with is seen by the profiler in one step. Writes benchmarks/step-cuda.json, and prints the kernels that take
+longest.
 """
 
 import time
@@ -17,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from staa.cuda_graph import Captured
 
 DEVICE = torch.device("cuda")
-BATCHES, CALLS = (128, 512), 30
+BATCHES, CALLS = (128, 512), {"one graph": 30, "kernel by kernel": 10}
 
 
 def captured(net, x, labels):
@@ -36,14 +37,19 @@ def captured(net, x, labels):
     return case
 
 
-def mean(work) -> float:
+def mean(work, calls: int) -> float:
     """Milliseconds of one call."""
     wait(DEVICE)
     start = time.perf_counter()
-    for _ in range(CALLS):
+    for _ in range(calls):
         work()
     wait(DEVICE)
-    return round(1e3 * (time.perf_counter() - start) / CALLS, 2)
+    return round(1e3 * (time.perf_counter() - start) / calls, 2)
+
+
+def is_product(kernel: str) -> bool:
+    """Whether it multiplies matrices, for itself or as a part of it; a convolution is an implicit product."""
+    return "splitKreduce" in kernel or "gemm" in kernel.lower() and "implicit" not in kernel.lower()
 
 
 def kernels(step) -> list:
@@ -61,15 +67,21 @@ def measure(neuron, size: int, **settings) -> dict:
     for _ in range(6):
         step()
     optimizer.step()
-    found = {"one graph": mean(step), "one graph, and SGD": mean(lambda: (step(), optimizer.step())),
-             "kernel by kernel": mean(single)}
+    calls = CALLS["one graph"]
+    found = {"one graph": mean(step, calls), "one graph, and SGD": mean(lambda: (step(), optimizer.step()), calls)}
+    if size == BATCHES[0]:
+        single()
+        found["kernel by kernel"] = mean(single, CALLS["kernel by kernel"])
     launched = kernels(step)
     times: Counter = Counter()
     for event in launched:
         times[event.name] += event.time_range.elapsed_us()
     for name, microseconds in times.most_common(20):
         print(f"  {microseconds:9.0f} us  {name[:120]}")
-    return found | {"kernels": len(launched), "GPU busy": round(sum(times.values()) / 1e3, 2)}
+    products = {name: microseconds for name, microseconds in times.items() if is_product(name)}
+    return found | {"kernels": len(launched), "GPU busy": round(sum(times.values()) / 1e3, 2),
+                    "matrix products": round(sum(products.values()) / 1e3, 2),
+                    "kernels of them": sum(event.name in products for event in launched)}
 
 
 def main():

@@ -239,24 +239,16 @@ class STAALIF(LIF):
             return self._reference(x.to(fused.membrane_type(x)), dropped).to(x.dtype)
 
     def draw(self, device: torch.device) -> Tensor | None:
-        """TSRD: the time steps (T,) that drop the aggregator, as a mask, or None where none does. The CPU's generator
-        draws, and the mask is filled on its device, so that a GPU is never waited for. There is always a mask under
-        torch.func, with fake tensors, in a network that is compiled as a whole, and in one that is traced or captured
-        as a CUDA graph, which would repeat one choice for ever."""
+        """TSRD: the time steps (T,) that drop the aggregator, as a mask, or None where none does. There is always a
+        mask on a GPU, which draws it itself: it is not waited for, and a CUDA graph does not repeat one choice for
+        ever. So there is under torch.func, with fake tensors, and in a network that is traced or compiled as a whole.
+        """
         if not (self.training and self.beta):
             return None
-        if (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-                or device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            return torch.rand(self.T, device=device) < self.beta
-        drawn = torch.rand(self.T, device="cpu") < self.beta
-        if type(drawn) is not Tensor:
-            return drawn.to(device)
-        if not drawn.any():
-            return None
-        dropped = torch.zeros(self.T, dtype=torch.bool, device=device)
-        for t in drawn.nonzero().flatten().tolist():
-            dropped[t].fill_(True)
-        return dropped
+        drawn = torch.rand(self.T, device=device) < self.beta
+        always = (device.type != "cpu" or type(drawn) is not Tensor or torch.compiler.is_compiling()
+                  or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+        return drawn if always or drawn.any() else None
 
     def _reference(self, x: Tensor, dropped: Tensor | None) -> Tensor:
         pe_membrane, pe_output = (None if pe is None else pe(x.new_zeros(self.T, 1, self.channels, 1, 1))

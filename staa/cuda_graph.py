@@ -6,6 +6,7 @@ one lay, TSRD draws on the GPU (see `STAALIF.draw`), and what the host decides a
 learning rate, and with it the optimizer.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,16 +23,24 @@ BEFORE = 3
 
 class Captured:
     """work(x, y) of batches on a GPU: captured once, and replayed for every later batch of the first one's shapes. A
-    batch of other shapes, like an epoch's last one, is computed as ever.
+    batch of other shapes, like an epoch's last one, is computed as ever; so is every batch where it cannot be captured.
 
-    work: leaves gradients in `network`, adds to nothing else that lasts, and returns tensors. What was captured is
-    replayed whatever closure later calls hand in, so all of them must do the same.
+    work: leaves gradients in `network` and returns tensors; of what else it changes, only BN's statistics last. What
+    was captured is replayed whatever closure later calls hand in, so all of them must do the same. The gradients must
+    be cleared before each call: a replay writes them, and a batch that is computed as ever adds to them.
     """
+
+    batch: list[Tensor]  # x and y of the graph
+    results: tuple[Tensor, ...]
+    gradients: list[tuple[nn.Parameter, Tensor]]
 
     def __init__(self, network: nn.Module):
         self.network, self.calls, self.possible = network, 0, True
         self.graph: Any = None  # a torch.cuda.CUDAGraph
         self.shapes: tuple | None = None  # of the first batch
+        self.device = next(network.parameters()).device
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.release()
 
     def __call__(self, work: Callable[..., tuple[Tensor, ...]], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         self.shapes = self.shapes or (x.shape, y.shape)
@@ -50,25 +59,44 @@ class Captured:
     def capture(self, work, x: Tensor, y: Tensor) -> bool:
         """Whether it was captured; not where the memory of a step, which a graph keeps for itself, would not fit twice:
         what fills a GPU is not limited by launches."""
-        device = next(self.network.parameters()).device
-        self.possible = 2 * torch.cuda.max_memory_allocated(device) < torch.cuda.mem_get_info(device)[1]
-        if self.possible:
-            self.batch, graph = [n.to(device, copy=True) for n in (x, y)], torch.cuda.CUDAGraph()
-            self.network.zero_grad(set_to_none=True)  # the graph writes its gradients, and adds to none
-            try:
-                with torch.cuda.graph(graph):
-                    self.results = work(*self.batch)
-                self.gradients = [(p, p.grad) for p in self.network.parameters() if p.grad is not None]
-                self.graph = graph
-            except RuntimeError as error:
-                self.possible = False
-                self.network.zero_grad(set_to_none=True)
-                warnings.warn(f"the training step cannot be captured as a CUDA graph ({reason(error)}): its kernels "
-                              "are launched one by one, more slowly.")
-        return self.possible
+        self.possible = 2 * torch.cuda.max_memory_allocated(self.device) < torch.cuda.mem_get_info(self.device)[1]
+        if not self.possible:
+            return False
+        self.batch, self.graph = [n.to(self.device, copy=True) for n in (x, y)], torch.cuda.CUDAGraph()
+        self.network.zero_grad(set_to_none=True)  # the graph makes gradients of its own
+        try:
+            # Another thread may go on to pin memory. And the outer stream is back in any case: torch's own context
+            # leaves the inner one the current one where a capture fails.
+            with torch.cuda.stream(torch.cuda.current_stream(self.device)), torch.cuda.graph(
+                    self.graph, stream=side_stream(self.device), capture_error_mode="thread_local"):
+                self.results = work(*self.batch)
+        except RuntimeError as error:  # where the capture is spoilt, its end raises, too, and says less
+            why = reason(error.__context__ or error)
+            warnings.warn(f"the training step cannot be captured as a CUDA graph ({why}): its kernels are launched one "
+                          "by one, more slowly.")
+            self.possible = False
+            self.release()
+            return False
+        self.gradients = [(p, p.grad) for p in self.network.parameters() if p.grad is not None]
+        return True
+
+    def release(self) -> None:
+        """Hand the graph's memory back, whoever still holds this."""
+        if self.graph is not None:
+            self.network.zero_grad(set_to_none=True)
+            self.graph.reset()
+        self.graph, self.batch, self.results, self.gradients = None, [], (), []
+
+
+@functools.cache
+def side_stream(device: torch.device) -> Any:
+    """The stream to capture on: torch's own lies on the first GPU that this process captured on. One a device, since
+    cuBLAS keeps memory for each."""
+    return torch.cuda.Stream(device)
 
 
 def can_be_captured(network: nn.Module) -> bool:
     """Whether every step of it launches the same kernels: so it is with the layers of this package and torch's. What
-    somebody's own layer decides on the host would be decided once and for ever. Off with `staa.fused.enabled`."""
+    somebody's own layer decides on the host would be decided once and for ever. (A hook, or a forward of an instance's
+    own, is not seen.) Off with `staa.fused.enabled`."""
     return fused.enabled and all(type(m).__module__.partition(".")[0] in ("staa", "torch") for m in network.modules())

@@ -129,7 +129,7 @@ def _train(config: Config, place: Path, device, workers, log, peers: Peers) -> R
         workers = 0 if few else min(devices.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8)
     if device.type == "cpu":
         memory.keep_freed()
-    with own_state(config, device):
+    with own_state(config, device), ExitStack() as at_the_end:
         torch.manual_seed(data.mix(config.seed))
         network = new_network(config, len(train_set.classes))
         layout = torch.channels_last if config.channels_last else torch.preserve_format
@@ -142,6 +142,8 @@ def _train(config: Config, place: Path, device, workers, log, peers: Peers) -> R
         load = Loader(config, device, workers, peers)
         alone = device.type == "cuda" and peers.size == 1 and not config.microbatch
         captured = Captured(network) if alone and can_be_captured(network) else None
+        if captured:
+            at_the_end.callback(captured.release)  # a traceback may hold it longer
         for epoch in range(len(epochs), config.epochs):
             start, work = time.perf_counter(), time.process_time()
             torch.manual_seed(data.mix(config.seed, epoch + 1))  # an epoch's randomness needs no saved state

@@ -38,8 +38,8 @@ def both(neuron, x, gradient):
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("size", [32, 4])  # the smaller ones are too small to compile for
 def test_fast_path_is_the_equations(size, make, dtype, channels_last, monkeypatch):
-    """In double precision all of it. In lower ones a last bit may decide a spike in ten thousand, and each of them leaves
-    its mark, of relative size 1, in the gradient."""
+    """In double precision all of it. In lower ones a last bit may decide a spike in ten thousand, and each of them
+    leaves its mark, of relative size 1, in the gradient."""
     torch.manual_seed(1)
     neuron = make(64, 4).to(GPU, dtype if dtype == torch.float64 or make is FSTALIF else torch.float32)
     with torch.no_grad():
@@ -59,9 +59,10 @@ def test_fast_path_is_the_equations(size, make, dtype, channels_last, monkeypatc
     assert (gradients[0] - expected[0]).float().norm() < 0.05 * expected[0].float().norm()
 
 
-def step_of(network):
+def step_of(network, bf16=False):
     def work(x, y):
-        loss = F.cross_entropy(network(x), y)
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            loss = F.cross_entropy(network(x).float(), y)
         loss.backward()
         return loss.detach(),
     return work
@@ -73,19 +74,24 @@ def batch(n=32):
 
 
 @pytest.mark.parametrize("neuron, settings", [("lif", {}), ("staa", {"beta": 0.0}), ("fsta", {})])
-def test_a_captured_step_is_the_plain_one(neuron, settings):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_captured_step_is_the_plain_one(bf16, neuron, settings):
+    """Whose weights move: a graph that held old ones, or bf16 copies of them, would be found out."""
     torch.manual_seed(0)
     network = staa.build("resnet20", neuron, T=4, width=1 / 4, **settings).to(GPU, memory_format=torch.channels_last)
     other = copy.deepcopy(network)
-    work, plain, captured = step_of(network), step_of(other), Captured(network)
+    work, plain, captured = step_of(network, bf16), step_of(other, bf16), Captured(network)
     for i in range(8):
         x, y = batch(32 if i != 5 else 20)  # one of another size between
         network.zero_grad(), other.zero_grad()
         loss, = captured(work, x, y)
         expected, = plain(x, y)
-        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)
         for p, q in zip(network.parameters(), other.parameters()):
-            torch.testing.assert_close(p.grad, q.grad, rtol=0.05, atol=0.05 * float(q.grad.abs().max()))
+            assert (p.grad - q.grad).norm() <= 0.05 * q.grad.norm() + 1e-4
+        with torch.no_grad():
+            for p, q in zip(network.parameters(), other.parameters()):
+                p.copy_(q.sub_(0.05 * q.grad))  # in place, as an optimizer does
     assert captured.graph is not None
     for a, b in zip(network.buffers(), other.buffers()):  # BN's statistics
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
@@ -145,7 +151,9 @@ def test_the_host_never_waits_inside_an_epoch(captures):
     assert 0 < loss < 10 and captures == bool(captured and captured.graph)
 
 
-def test_a_run_is_captured_and_learns(tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_is_captured_and_learns(workers, tmp_path, monkeypatch):
+    """Also where another thread pins memory meanwhile."""
     monkeypatch.setenv("STAA_RUNS", str(tmp_path))
     monkeypatch.setenv("STAA_RECORDS", str(tmp_path / "none"))
     made = []
@@ -156,6 +164,30 @@ def test_a_run_is_captured_and_learns(tmp_path, monkeypatch):
             made.append(self)
     monkeypatch.setattr(train, "Captured", Watched)
     config = Config(dataset="digits", image_size=16, width=1 / 4, neuron="lif", epochs=6, batch_size=32, lr=0.02)
-    record = train.run(config)
+    record = train.run(config, workers=workers)
     assert made[0].graph is not None and record.accuracy > 50  # on a CPU 68 to 88 with the seeds 0 to 4
     assert torch.cuda.get_device_name() in str(record.provenance)
+
+
+def test_after_a_capture_that_fails_all_goes_on_as_before():
+    class Asks(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.layer(x)
+            return x if x.sum().item() > 0 else -x
+    network = Asks().to(GPU)
+    captured, x = Captured(network), torch.randn(8, 4, device=GPU)
+
+    def work(x, y):
+        loss = network(x).square().mean()
+        loss.backward()
+        return loss.detach(),
+    with pytest.warns(UserWarning, match="cannot be captured"):
+        losses = {float(captured(work, x, x)[0]) for _ in range(6)}
+    assert len(losses) == 1 and captured.graph is None
+    torch.manual_seed(0)
+    assert torch.rand(2, device=GPU).sum() > 0
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()

@@ -1,6 +1,7 @@
 """The captured training step, where there is no GPU: a stand-in graph computes, when it is replayed, what it captured,
 from the same tensors into the same tensors."""
 
+import contextlib
 import types
 
 import pytest
@@ -18,46 +19,55 @@ class Graph:
     """torch.cuda.CUDAGraph and torch.cuda.graph in one; capturing computes nothing, as on a GPU."""
 
     captured: list["Graph"] = []
-    broken = False
+    spoils = False  # as where the host asks for a number: an error in the capture, and another one at its end
+
+    def reset(self):
+        pass
 
     def __enter__(self):
-        if Graph.broken:
-            raise RuntimeError("operation not permitted when stream is capturing")
+        self.kept = [b.clone() for b in self.owner.network.buffers()]
+        self.before = [p.grad for p in self.owner.network.parameters()]
 
     def __exit__(self, *_):
+        if Graph.spoils:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        with torch.no_grad():
+            for b, kept in zip(self.owner.network.buffers(), self.kept):
+                b.copy_(kept)
         Graph.captured.append(self)
 
     def replay(self):
-        """Into the memory of results and gradients that the Captured remembers."""
+        """Into the memory of the results and gradients that were captured."""
         owner = self.owner
-        before = [p.grad for p in owner.network.parameters()]
         owner.network.zero_grad(set_to_none=True)
         for there, result in zip(owner.results, self.work(*owner.batch)):
             there.copy_(result)
         for p, gradient in owner.gradients:
             gradient.copy_(p.grad)
-        for p, gradient in zip(owner.network.parameters(), before):
-            p.grad = gradient
+        owner.network.zero_grad(set_to_none=True)
 
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    cuda = types.SimpleNamespace(CUDAGraph=Graph, graph=lambda graph: graph, max_memory_allocated=lambda device: 10,
-                                 mem_get_info=lambda device: (5, 100))
+    cuda = types.SimpleNamespace(
+        CUDAGraph=Graph, graph=lambda graph, stream, capture_error_mode: graph, Stream=lambda device: "side",
+        stream=lambda stream: contextlib.nullcontext(), current_stream=lambda device: "current",
+        reset_peak_memory_stats=lambda device: None, max_memory_allocated=lambda device: 10,
+        mem_get_info=lambda device: (5, 100))
     monkeypatch.setattr(cuda_graph, "torch", types.SimpleNamespace(cuda=cuda))
     plain = Captured.capture
 
     def capture(self, work, x, y):
-        buffers = [b.clone() for b in self.network.buffers()]
-        possible = plain(self, work, x, y)
-        with torch.no_grad():
-            for b, kept in zip(self.network.buffers(), buffers):
-                b.copy_(kept)
-        if self.graph is not None:
-            self.graph.owner, self.graph.work = self, work
-        return possible
+        def known(*batch):  # by the graph, to which nobody says what it captures
+            self.graph.work = work
+            result = work(*batch)
+            if Graph.spoils:
+                raise RuntimeError("a number was asked for")
+            return result
+        cuda.CUDAGraph = lambda: Graph.__new__(type("Graph", (Graph,), {"owner": self}))
+        return plain(self, known, x, y)
     monkeypatch.setattr(Captured, "capture", capture)
-    Graph.captured, Graph.broken = [], False
+    Graph.captured, Graph.spoils = [], False
     return cuda
 
 
@@ -112,12 +122,59 @@ def test_where_the_memory_would_not_fit_twice_nothing_is_captured(stand_in):
 
 
 def test_what_cannot_be_captured_is_computed_as_ever_and_says_so_once(recwarn):
-    Graph.broken = True
+    Graph.spoils = True
     network, other = small(), small()
-    assert epochs(network, [4, 4, 4], Captured(network)) == epochs(other, [4, 4, 4], None)
+    captured = Captured(network)
+    assert epochs(network, [4, 4, 4], captured) == epochs(other, [4, 4, 4], None)
     said, = [str(w.message) for w in recwarn if "captured" in str(w.message)]
-    assert said == ("the training step cannot be captured as a CUDA graph (operation not permitted when stream is "
-                    "capturing): its kernels are launched one by one, more slowly.")
+    assert said == ("the training step cannot be captured as a CUDA graph (a number was asked for): its kernels are "
+                    "launched one by one, more slowly.")
+    assert captured.graph is None and not captured.batch, "no memory of the graph is kept"
+
+
+def test_the_first_batches_are_computed_as_ever_then_none():
+    network, computed = small(), []
+    captured = Captured(network)
+
+    def work(x, y):
+        computed.append(x)
+        loss = F.cross_entropy(network(x), y)
+        loss.backward()
+        return loss.detach(),
+    given = batches([4] * (BEFORE + 3))
+    for x, y in given:
+        network.zero_grad()
+        captured(work, x, y)
+    assert all(a is b for a, (b, _) in zip(computed, given[:BEFORE], strict=False))
+    assert BEFORE > 0 and len(computed) == BEFORE + 1 + 3 and all(x is captured.batch[0] for x in computed[BEFORE:])  # captured, replayed
+    assert captured.batch[0] is not given[BEFORE][0] and not torch.equal(given[BEFORE][0], captured.batch[0])
+
+
+def test_a_replay_writes_gradients_and_adds_to_none():
+    network = small()
+    captured = Captured(network)
+
+    def work(x, y):
+        loss = F.cross_entropy(network(x), y)
+        loss.backward()
+        return loss.detach(),
+    given = batches([4] * (BEFORE + 2))
+    for x, y in given:  # nobody clears the gradients
+        captured(work, x, y)
+    found = [p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    work(*given[-1])
+    assert all(torch.equal(a, p.grad) for a, p in zip(found, network.parameters()))
+
+
+def test_released_it_holds_nothing():
+    network = small()
+    captured = Captured(network)
+    epochs(network, [4] * 6, captured, 1)
+    assert captured.graph is not None
+    captured.release()
+    assert captured.graph is None and not captured.batch and not captured.results and not captured.gradients
+    assert all(p.grad is None for p in network.parameters())
 
 
 def test_somebodys_own_layer_is_not_captured(monkeypatch):
