@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from . import fused
+from .config import Config
+from .distributed import Peers
 from .settings import reason
 
 #: Batches that are computed as ever before one is captured: in them the compiler compiles, and cuDNN chooses.
@@ -93,6 +95,12 @@ def side_stream(device: torch.device) -> Any:
     """The stream to capture on: torch's own lies on the first GPU that this process captured on. One a device, since
     cuBLAS keeps memory for each."""
     return torch.cuda.Stream(device)
+
+
+def captured_for(network: nn.Module, config: Config, device: torch.device, peers: Peers) -> Captured | None:
+    """What captures the steps of a run: on one GPU, where a batch goes through the network at once."""
+    possible = device.type == "cuda" and peers.size == 1 and not config.microbatch and can_be_captured(network)
+    return Captured(network) if possible else None
 
 
 def can_be_captured(network: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from . import data, devices, memory, records
 from .checkpoint import read, resume, save
 from .command import command, words_to_settings
 from .config import Config
-from .cuda_graph import Captured, can_be_captured
+from .cuda_graph import Captured, captured_for
 from .data import evaluation_set as evaluation_set
 from .distributed import ALONE, Peers, Statistics, join
 from .firing import firing_rates
@@ -140,8 +140,7 @@ def _train(config: Config, place: Path, device, workers, log, peers: Peers) -> R
         epochs, seconds = resume(place / "checkpoint.pt", network, optimizer, peers)
         augment = data.transform(config.dataset, config.image_size, config.augment, config.T)
         load = Loader(config, device, workers, peers)
-        alone = device.type == "cuda" and peers.size == 1 and not config.microbatch
-        captured = Captured(network) if alone and can_be_captured(network) else None
+        captured = captured_for(network, config, device, peers)
         if captured:
             at_the_end.callback(captured.release)  # a traceback may hold it longer
         for epoch in range(len(epochs), config.epochs):

@@ -194,15 +194,13 @@ def test_tsrd_draws_once_for_the_whole_batch():
     assert (spikes == spikes[:, :1]).all() and 0 < spikes.mean() < 1
 
 
-def test_a_cuda_graph_draws_tsrd_on_the_gpu(monkeypatch):
-    """A choice of the host would be captured once and repeated for ever."""
+def test_a_gpu_draws_tsrd_itself(monkeypatch):
+    """A choice of the host would be captured in a CUDA graph once and repeated for ever."""
     asked, rand = [], torch.rand
 
     def on_the_cpu(*shape, device):
         asked.append(str(device))
         return rand(*shape)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch, "rand", on_the_cpu)
     mask = STAALIF(C, T, beta=1e-9).draw(torch.device("cuda", 1))
     assert asked == ["cuda:1"] and mask.shape == (T,) and not mask.any(), "a mask, though it drops nothing"

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import staa
 from staa import Config, cuda_graph, fused, train
 from staa.cuda_graph import BEFORE, Captured
+from staa.distributed import Peers
 
 CPU = torch.device("cpu")
 
@@ -175,6 +176,14 @@ def test_released_it_holds_nothing():
     captured.release()
     assert captured.graph is None and not captured.batch and not captured.results and not captured.gradients
     assert all(p.grad is None for p in network.parameters())
+
+
+@pytest.mark.parametrize("device, processes, microbatch, is_captured", [
+    ("cuda:1", 1, 0, True), ("cpu", 1, 0, False), ("cuda", 2, 0, False), ("cuda", 1, 4, False)])
+def test_a_run_is_captured_on_one_gpu_that_sees_whole_batches(device, processes, microbatch, is_captured):
+    config = Config(batch_size=8, microbatch=microbatch)
+    found = cuda_graph.captured_for(small(), config, torch.device(device), Peers(0, processes))
+    assert isinstance(found, Captured) == is_captured
 
 
 def test_somebodys_own_layer_is_not_captured(monkeypatch):
