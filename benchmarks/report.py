@@ -31,7 +31,8 @@ def table(head, lines) -> str:
 
 def described(found) -> str:
     m = found["machine"]
-    return f"{m.get('device', m['processor'])}, {m['threads']} threads, torch {m['torch']}"
+    commit = f", commit {m['commit']}" if m.get("commit") else ""
+    return f"{m.get('device', m['processor'])}, {m['threads']} threads, torch {m['torch']}{commit}"
 
 
 def on_a_gpu(found) -> str:
