@@ -52,9 +52,8 @@ def summary(times: list[float]) -> dict[str, float]:
 def machine(device: torch.device, *libraries: str) -> dict:
     cpu = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
     name = next((line.split(":")[1].strip() for line in cpu if line.startswith("model name")), platform.machine())
-    commit = records.commit()  # with "+" where files differ from it
     found = {"processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-             "system": platform.system(), "python": platform.python_version(), "commit": commit[:7] + commit[40:]}
+             "system": platform.system(), "python": platform.python_version()}
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
     return found | {library: version(library) for library in ("torch", "torchvision", *libraries)}

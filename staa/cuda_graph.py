@@ -27,9 +27,9 @@ class Captured:
     """work(x, y) of batches on a GPU: captured once, and replayed for every later batch of the first one's shapes. A
     batch of other shapes, like an epoch's last one, is computed as ever; so is every batch where it cannot be captured.
 
-    work: leaves gradients in `network` and returns tensors; of what else it changes, only BN's statistics last. What
-    was captured is replayed whatever closure later calls hand in, so all of them must do the same. The gradients must
-    be cleared before each call: a replay writes them, and a batch that is computed as ever adds to them.
+    work: leaves gradients in `network` and returns tensors; of all else that it changes, only BN's statistics may
+    matter later. What was captured is replayed whatever closure a call hands in, so all of them must do the same. The
+    gradients must be cleared before each call: a replay writes them, and a batch that is computed as ever adds to them.
     """
 
     batch: list[Tensor]  # x and y of the graph
@@ -61,7 +61,8 @@ class Captured:
     def capture(self, work, x: Tensor, y: Tensor) -> bool:
         """Whether it was captured; not where the memory of a step, which a graph keeps for itself, would not fit twice:
         what fills a GPU is not limited by launches."""
-        self.possible = 2 * torch.cuda.max_memory_allocated(self.device) < torch.cuda.mem_get_info(self.device)[1]
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+        self.possible = 2 * torch.cuda.max_memory_allocated(self.device) < free
         if not self.possible:
             return False
         self.batch, self.graph = [n.to(self.device, copy=True) for n in (x, y)], torch.cuda.CUDAGraph()

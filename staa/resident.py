@@ -20,9 +20,10 @@ from .distributed import Peers
 #: images, the fewer groups for each. All of CIFAR at once takes 2,900 operations of torch; by 4,096 images, 18,700.
 CHUNK = 2 ** 16
 AUGMENTATIONS = ("none", "standard", "autoaugment")
-#: At least so many images are evaluated at once: a smaller batch_size is chosen for the sake of training. RESIDENT: of
-#: those in a GPU's memory, which waits for Python's launches where a batch is small.
-EVALUATED, RESIDENT = 64, 500
+#: At least so many images are evaluated at once: a smaller batch_size is chosen for the sake of training. RESIDENT: so
+#: many images times T of those in a GPU's memory, which waits for Python's launches where a batch is small; not where a
+#: microbatch is chosen, for the sake of the memory.
+EVALUATED, RESIDENT = 64, 2000
 
 
 def fits(view: View, config: Config, augment: str, device: torch.device) -> bool:
@@ -45,7 +46,8 @@ class Loader:
     def __call__(self, view: View, augment: str, *, shuffle: bool) -> Iterable[tuple[Tensor, Tensor]]:
         size = self.config.batch_size if shuffle else max(self.config.batch_size, EVALUATED)
         if self.peers.size == 1 and fits(view, self.config, augment, self.device):
-            size = max(size, RESIDENT) if self.device.type == "cuda" and not shuffle else size
+            if self.device.type == "cuda" and not shuffle and not self.config.microbatch:
+                size = max(size, RESIDENT // self.config.T)
             key = id(view.dataset)
             if key not in self.resident:
                 self.resident[key] = Images(view, self.config.dataset, self.device)

@@ -206,6 +206,15 @@ def test_a_gpu_draws_tsrd_itself(monkeypatch):
     assert asked == ["cuda:1"] and mask.shape == (T,) and not mask.any(), "a mask, though it drops nothing"
 
 
+def test_on_a_cpu_there_is_no_mask_where_nothing_is_dropped():
+    """And what is drawn is the CPU's next T numbers: records hang on that."""
+    rarely, often, cpu = STAALIF(C, T, beta=1e-9), STAALIF(C, T, beta=0.5), torch.device("cpu")
+    torch.manual_seed(0)
+    numbers = torch.rand(2, T)
+    torch.manual_seed(0)
+    assert rarely.draw(cpu) is None and torch.equal(often.draw(cpu), numbers[1] < 0.5) and (numbers[1] < 0.5).any()
+
+
 def test_every_switch_counts_its_own_parameters():
     r, h = 2, 2  # C/r and C/4 at C = 8, r = 4
     gc = (C + 1) + (C * r + r) + 2 * r + (r * C + C)

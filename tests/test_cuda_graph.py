@@ -27,7 +27,6 @@ class Graph:
 
     def __enter__(self):
         self.kept = [b.clone() for b in self.owner.network.buffers()]
-        self.before = [p.grad for p in self.owner.network.parameters()]
 
     def __exit__(self, *_):
         if Graph.spoils:
@@ -54,7 +53,7 @@ def stand_in(monkeypatch):
         CUDAGraph=Graph, graph=lambda graph, stream, capture_error_mode: graph, Stream=lambda device: "side",
         stream=lambda stream: contextlib.nullcontext(), current_stream=lambda device: "current",
         reset_peak_memory_stats=lambda device: None, max_memory_allocated=lambda device: 10,
-        mem_get_info=lambda device: (5, 100))
+        mem_get_info=lambda device: (15, 100), memory_reserved=lambda device: 10)
     monkeypatch.setattr(cuda_graph, "torch", types.SimpleNamespace(cuda=cuda))
     plain = Captured.capture
 
@@ -115,7 +114,7 @@ def test_a_result_stays_when_the_next_batch_is_replayed():
 
 
 def test_where_the_memory_would_not_fit_twice_nothing_is_captured(stand_in):
-    stand_in.max_memory_allocated = lambda device: 50
+    stand_in.max_memory_allocated = lambda device: 13  # of the 100, another program has 75
     network, other = small(), small()
     captured = Captured(network)
     assert epochs(network, [4, 4, 4], captured) == epochs(other, [4, 4, 4], None)
@@ -147,7 +146,8 @@ def test_the_first_batches_are_computed_as_ever_then_none():
         network.zero_grad()
         captured(work, x, y)
     assert all(a is b for a, (b, _) in zip(computed, given[:BEFORE], strict=False))
-    assert BEFORE > 0 and len(computed) == BEFORE + 1 + 3 and all(x is captured.batch[0] for x in computed[BEFORE:])  # captured, replayed
+    assert BEFORE > 0 and len(computed) == BEFORE + 1 + 3, "by itself, captured, and replayed by the stand-in"
+    assert all(x is captured.batch[0] for x in computed[BEFORE:])
     assert captured.batch[0] is not given[BEFORE][0] and not torch.equal(given[BEFORE][0], captured.batch[0])
 
 

@@ -161,11 +161,12 @@ def test_a_gpu_evaluates_larger_batches_than_it_trains_in(monkeypatch):
     sizes = []
     monkeypatch.setattr(resident, "Images", lambda *_: None)
     monkeypatch.setattr(resident, "Batches", lambda images, size, *_, **__: sizes.append(size))
-    for batch_size in (20, 1000):
-        load = resident.Loader(Config(dataset="cifar10", batch_size=batch_size), torch.device("cuda"), 0, Peers())
+    for settings in ({"batch_size": 20}, {"batch_size": 1000}, {"batch_size": 20, "T": 10},
+                     {"batch_size": 20, "microbatch": 4}):
+        load = resident.Loader(Config(dataset="cifar10", **settings), torch.device("cuda"), 0, Peers())
         for shuffle in (True, False):
             load(view(Noise(4)), "none", shuffle=shuffle)
-    assert sizes == [20, 500, 1000, 1000]
+    assert sizes == [20, 500, 1000, 1000, 20, 200, 20, 64]
 
 
 def test_a_runs_order_is_its_seeds(monkeypatch):
