@@ -76,6 +76,16 @@ def small():
     return staa.build("resnet20", "staa", T=2, width=1 / 32, beta=0.0)
 
 
+def step_of(network, computed=None):
+    def work(x, y):
+        if computed is not None:
+            computed.append(x)
+        loss = F.cross_entropy(network(x), y)
+        loss.backward()
+        return loss.detach(),
+    return work
+
+
 def batches(sizes):
     generator = torch.Generator().manual_seed(1)
     return [(torch.randn(n, 3, 16, 16, generator=generator), torch.randint(10, (n,), generator=generator))
@@ -103,12 +113,7 @@ def test_training_with_it_is_training_without(sizes):
 
 def test_a_result_stays_when_the_next_batch_is_replayed():
     network = small()
-    captured = Captured(network)
-
-    def work(x, y):
-        loss = F.cross_entropy(network(x), y)
-        loss.backward()
-        return loss.detach(),
+    captured, work = Captured(network), step_of(network)
     found = [captured(work, *batch)[0] for batch in batches([4] * 7)]
     assert Graph.captured and torch.stack(found).tolist() == [work(*batch)[0].item() for batch in batches([4] * 7)]
 
@@ -134,13 +139,7 @@ def test_what_cannot_be_captured_is_computed_as_ever_and_says_so_once(recwarn):
 
 def test_the_first_batches_are_computed_as_ever_then_none():
     network, computed = small(), []
-    captured = Captured(network)
-
-    def work(x, y):
-        computed.append(x)
-        loss = F.cross_entropy(network(x), y)
-        loss.backward()
-        return loss.detach(),
+    captured, work = Captured(network), step_of(network, computed)
     given = batches([4] * (BEFORE + 3))
     for x, y in given:
         network.zero_grad()
@@ -153,12 +152,7 @@ def test_the_first_batches_are_computed_as_ever_then_none():
 
 def test_a_replay_writes_gradients_and_adds_to_none():
     network = small()
-    captured = Captured(network)
-
-    def work(x, y):
-        loss = F.cross_entropy(network(x), y)
-        loss.backward()
-        return loss.detach(),
+    captured, work = Captured(network), step_of(network)
     given = batches([4] * (BEFORE + 2))
     for x, y in given:  # nobody clears the gradients
         captured(work, x, y)
