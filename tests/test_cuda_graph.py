@@ -20,12 +20,15 @@ class Graph:
     """torch.cuda.CUDAGraph and torch.cuda.graph in one; capturing computes nothing, as on a GPU."""
 
     captured: list["Graph"] = []
+    tried = 0
     spoils = False  # as where the host asks for a number: an error in the capture, and another one at its end
 
     def reset(self):
         pass
 
     def __enter__(self):
+        Graph.tried += 1
+        assert all(p.grad is None for p in self.owner.network.parameters()), "the graph would add to these for ever"
         self.kept = [b.clone() for b in self.owner.network.buffers()]
 
     def __exit__(self, *_):
@@ -67,7 +70,7 @@ def stand_in(monkeypatch):
         cuda.CUDAGraph = lambda: Graph.__new__(type("Graph", (Graph,), {"owner": self}))
         return plain(self, known, x, y)
     monkeypatch.setattr(Captured, "capture", capture)
-    Graph.captured, Graph.spoils = [], False
+    Graph.captured, Graph.spoils, Graph.tried = [], False, 0
     return cuda
 
 
@@ -135,6 +138,7 @@ def test_what_cannot_be_captured_is_computed_as_ever_and_says_so_once(recwarn):
     assert said == ("the training step cannot be captured as a CUDA graph (a number was asked for): its kernels are "
                     "launched one by one, more slowly.")
     assert captured.graph is None and not captured.batch, "no memory of the graph is kept"
+    assert Graph.tried == 1
 
 
 def test_the_first_batches_are_computed_as_ever_then_none():
