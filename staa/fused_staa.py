@@ -6,9 +6,11 @@ X~ - X does not depend on space, so X~ never comes to be. All that the aggregato
     U[t] = p Hm[t-1] + q X[t] + w       with p, q and w a number a sample and channel, (B, C)
 
 and what it has to know of the current are two means over space: the one that GC's attention weighs, and the plain one.
-Where there is a compiler, these equations and their gradient are each compiled as a whole; in a network that the reader
-compiles, they are traced as they stand. Without one, and for what is small, a time step is a function differentiated by
-hand. For the backward pass of a large current nothing is kept but the current; all the rest is computed anew.
+Where there is a compiler, these equations and their gradient are each compiled as a whole; on a GPU, with the paper's
+surrogate, they are written by hand (`fused_staa_gpu.py`); in a network that the reader compiles, they are traced as
+they stand. Without a compiler, and for what is small, a time step is a function differentiated by hand. For the
+backward pass of a large current nothing is kept but the current (by hand, and some numbers a sample and channel); all
+the rest is computed anew.
 
 Inside, space is one axis, and x lies as in memory: (T, B, HW, C) where the network is channels-last, and (T, B, C, HW)
 where not.
@@ -21,9 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from . import fused
 from .fused import compiles, constants, first_derivative, is_channels_last, is_large, lazy_compile, membrane_type
 from .fused_lif import fire, fire_backward_in_place, reset
-from .surrogate import Surrogate
+from .surrogate import RECTANGLE, Surrogate
 
 
 def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers: tuple, leaky: bool,
@@ -33,6 +36,9 @@ def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers:
     y = as_it_lies(x, space)
     if torch.compiler.is_compiling():                                             # the reader's own network
         s = equations(y, space, kept, numbers, leaky, surrogate, parameters)
+    elif compiles(x, x.shape[2]) and is_by_hand(x, surrogate, parameters):
+        from .fused_staa_gpu import ByHand  # Triton, which is not everywhere
+        s = ByHand.apply(y, space, kept, numbers, leaky, tuple(parameters), *parameters.values())
     elif compiles(x, x.shape[2]):
         kept = torch.ones(len(x), dtype=torch.bool, device=x.device) if kept is None else kept  # one graph for both
         s = _Compiled.apply(y, space, kept, numbers, leaky, surrogate, tuple(parameters), *parameters.values())
@@ -42,6 +48,13 @@ def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers:
     else:
         s = equations(y, space, kept, numbers, leaky, surrogate, parameters)
     return as_it_was(s, space, x.shape)
+
+
+def is_by_hand(x: Tensor, surrogate: Surrogate, parameters: dict[str, Tensor]) -> bool:
+    """Whether `fused_staa_gpu` computes x: on a GPU, with the paper's surrogate, in float32 or less; and a row of
+    weights has to fit into registers."""
+    widest = max([x.shape[2], *(2 * len(p) for name, p in parameters.items() if name == "gc.query.bias")])
+    return fused.on_gpu(x) and surrogate is RECTANGLE and x.dtype != torch.float64 and widest <= 1024
 
 
 def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, leaky: bool,

@@ -14,6 +14,8 @@ from staa.fsta import FSTALIF
 from staa.statten import STAttenLIF
 from staa.variants import LeakySTAALIF
 
+if torch.cuda.is_available():
+    from staa import fused_staa_gpu
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 GPU = torch.device("cuda")
 
@@ -57,6 +59,33 @@ def test_fast_path_is_the_equations(size, make, dtype, channels_last, monkeypatc
         for a, b in zip(gradients, expected):
             assert (a - b).norm() <= 1e-9 * (b.norm() + 1)
     assert (gradients[0] - expected[0]).float().norm() < 0.05 * expected[0].float().norm()
+
+
+@pytest.mark.parametrize("shape", [(4, 128, 64, 16, 16), (4, 128, 128, 8, 8), (4, 128, 256, 4, 4), (4, 128, 512, 2, 2),
+                                   (5, 33, 96, 7, 9), (4, 16, 64, 32, 32)])
+@pytest.mark.parametrize("dtype, channels_last", [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)])
+def test_staa_by_hand_is_the_equations(shape, dtype, channels_last, monkeypatch):
+    """Of the sizes of the networks, and others. In float32 a last bit may decide a spike, as above."""
+    torch.manual_seed(1)
+    neuron = staa.STAALIF(shape[2], shape[0], beta=0.3).to(GPU)
+    with torch.no_grad():
+        for p in neuron.parameters():
+            p += 0.02 * torch.randn_like(p)
+    x = current(*shape, dtype=dtype, channels_last=channels_last)
+    gradient = torch.randn_like(x)
+    called = []
+    monkeypatch.setattr(fused_staa_gpu, "forward", spy(fused_staa_gpu.forward, called))
+    monkeypatch.setattr(fused, "WORTH_COMPILING", 0)
+    s, *gradients = both(neuron, x, gradient)
+    monkeypatch.setattr(fused, "enabled", False)
+    true, *expected = both(neuron, x, gradient)
+    assert called and 0.1 < true.float().mean() < 0.5 and (s != true).float().mean() < 1e-4
+    for a, b in zip(gradients, expected):
+        assert (a - b).float().norm() < 0.05 * b.float().norm() + 1e-3 * gradient.float().norm()
+
+
+def spy(function, called):
+    return lambda *args: called.append(len(args)) or function(*args)
 
 
 def step_of(network, bf16=False):

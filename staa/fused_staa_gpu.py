@@ -1,0 +1,211 @@
+"""The STAA neuron on a GPU, by hand. What it computes stands in `attention.py`, in the order of `fused_staa.py`; this
+file says the same kernel by kernel (`kernels*.py`), and is tested against it.
+
+Compiled, those equations are a hundred kernels, nearly all of them shorter than the GPU needs to begin one, since what
+hangs together over time is only a number a sample and channel. Here they are some twenty:
+
+    context               one program an image: GC's attention over space, and the plain mean (eqs. 7, 8)
+    query, linear         GC's query, norm and value, some images a program (eqs. 8, 9)
+    steps                 one sample a program: SA, the potential and the spikes, step by step (eqs. 12, 14, 2, 3)
+    steps_backward, query_backward, linear, context_backward, and over_images: the weights' gradients
+
+Where a map does not fit into the registers of one program, several share it, and each time step is launched by itself:
+the mean over the whole map has to be known before the next one. What the steps before left of the potential is computed
+anew. Sums over images are the same in every run: there is no atomic operation.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+from torch import Tensor
+
+from .fused import first_derivative
+from .kernels import linear, over_images
+from .kernels_gc import context, context_backward, query, query_backward
+from .kernels_steps import steps, steps_backward
+
+#: Elements of a current that one program holds, step by step; and where a map has more, that it goes through in tiles.
+WHOLE, PART, TILE = 16384, 32768, 4096
+#: Hidden units of SA that are computed together, and elements of their weights on the way back.
+TOGETHER, WEIGHTS = 16, 8192
+#: Images whose products are summed by one program, and the most parts that are summed afterwards.
+IMAGES, PARTS = 64, 8
+
+
+class ByHand(torch.autograd.Function):
+    """Spikes for the current x as it lies. Of it nothing but itself is kept for the backward pass; of each image and
+    channel five numbers."""
+
+    @staticmethod
+    def forward(ctx, x, space, kept, numbers, leaky, names, *values):
+        with on(x.device):
+            s, saved = forward(x, Neuron(x, space, kept, numbers, leaky, dict(zip(names, values))))
+        ctx.save_for_backward(x, *saved, *values)
+        ctx.how = space, kept, numbers, leaky, names
+        return s
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx, ds):
+        space, kept, numbers, leaky, names = ctx.how
+        x, *saved = ctx.saved_tensors
+        saved, values = saved[:-len(names) or None], saved[len(saved) - len(names):]
+        with on(x.device):
+            neuron = Neuron(x, space, kept, numbers, leaky, dict(zip(names, values)))
+            dx, gradients = backward(ds.contiguous(), x, neuron, *saved)
+        return dx, *[None] * 5, *[gradients[name] for name in names]
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class Neuron:
+    """A neuron's settings and parameters as the kernels take them, and what they are launched with."""
+
+    def __init__(self, x: Tensor, space: int, kept: Tensor | None, numbers: tuple, leaky: bool,
+                 parameters: dict[str, Tensor]):
+        self.p, self.kept = parameters, kept
+        last = space == -2
+        T, B, N, C = x.shape if last else (*x.shape[:2], x.shape[3], x.shape[2])
+        self.T, self.B, self.images, self.C = T, B, T * B, C
+        self.SA, self.GC = (f"{block}.bias" in parameters for block in ("sa.squeeze", "gc.query"))
+        self.H = len(parameters["sa.squeeze.bias"]) if self.SA else 1
+        self.Q = len(parameters["gc.query.bias"]) if self.GC else 1
+
+        self.alpha, decay, gain, self.v_th, self.v_reset, self.a = numbers
+        self.leak: float = decay if leaky else 1.0
+        self.decay: float = 1.0 if leaky else decay
+        self.total = self.alpha if self.SA else self.decay + gain
+        self.rest = 0.0 if self.SA else self.v_reset * (1 - self.decay)
+        self.pe, self.pe_membrane, self.pe_output = (
+            parameters.get(f"pe_{place}.weight") for place in ("input", "membrane", "output"))
+        if self.pe_membrane is not None:  # it is added before Hm leaks
+            self.pe_membrane = self.leak * self.pe_membrane
+
+        BC, everywhere, units = map(triton.next_power_of_2, (C, N, self.H))
+        self.whole = everywhere * BC <= WHOLE
+        BN = everywhere if self.whole else max(TILE // BC, 1)
+        span = BN if self.whole else max(PART // BC, BN)
+        self.parts = triton.cdiv(N, span)
+        self.step = dict(last=last, SA=self.SA, leaky=leaky, whole=self.whole, N=N, C=C, H=self.H, span=span,
+                         parts=self.parts, BN=BN, BC=BC, BP=triton.next_power_of_2(self.parts))
+        self.forth = self.step | dict(BJ=min(TOGETHER, units), num_warps=warps(BN * BC // 2048, TOGETHER * BC // 512))
+        self.back = self.step | dict(BJ=min(max(WEIGHTS // BC, 1), units), num_warps=warps(BN * BC // 2048))
+        self.map = dict(last=last, GC=self.GC, N=N, C=C, BN=min(everywhere, max(2048 // BC, 1)), BC=BC)
+        BJ = max(triton.next_power_of_2(self.Q), 16)
+        self.query = dict(C=C, H=self.Q, BR=16, BD=max(min(BC, 8192 // BJ, 64), 16), BJ=BJ, num_warps=warps(BJ // 16))
+
+    def launches(self) -> list[tuple[int, int]]:
+        """The time steps of each launch, from the first up to the second."""
+        return [(0, self.T)] if self.whole else [(t, t + 1) for t in range(self.T)]
+
+
+def warps(*wanted: int) -> int:
+    return min(max(*wanted, 4), 16)
+
+
+def forward(x: Tensor, z: Neuron) -> tuple[Tensor, tuple]:
+    """Spikes, and what the backward pass needs."""
+    def new(*shape):
+        return x.new_empty(shape, dtype=torch.float32)
+
+    pool, ps, ws, mean, seen, below = *(new(z.images, z.C) for _ in range(5)), new(z.images)
+    q = added = excite = None
+    if z.GC or z.SA:
+        context[(z.images,)](x, z.p.get("gc.key.weight"), z.pe, mean, seen, below, z.B, **z.map)
+    if z.GC:
+        q, hidden, added = new(z.images, z.Q), new(z.images, z.Q), new(z.images, z.C)
+        query[(triton.cdiv(z.images, 16),)](
+            seen, z.p["gc.query.weight"].mT.contiguous(), z.p["gc.query.bias"], z.p["gc.norm.weight"],
+            z.p["gc.norm.bias"], q, hidden, z.images, **z.query)
+        multiply(hidden, z.p["gc.value.weight"].mT.contiguous(), z.p["gc.value.bias"], added)
+    if z.SA:
+        excite = z.p["sa.excite.weight"].mT.contiguous()
+    s, part = torch.empty_like(x), new(z.T, z.B, z.parts, z.C)
+    for start, stop in z.launches():
+        steps[(z.B, z.parts)](
+            x, s, mean, added, ps, ws, pool, part, z.pe, z.pe_membrane, z.pe_output, z.kept,
+            z.p.get("sa.squeeze.weight"), z.p.get("sa.squeeze.bias"), excite, z.p.get("sa.excite.bias"), z.alpha,
+            z.decay, z.total, z.rest, z.v_th, z.v_reset, z.leak, z.B, start=start, stop=stop, **z.forth)
+    return s, (pool, ps, ws, seen, below, q, added, excite)
+
+
+def backward(ds: Tensor, x: Tensor, z: Neuron, pool, ps, ws, seen, below, q, added, excite) -> tuple[Tensor, dict]:
+    """The gradients of x, and of the parameters by their names."""
+    def new(*shape):
+        return x.new_empty(shape, dtype=torch.float32)
+
+    # What is summed over images lies side by side, one row an image.
+    widths = {"excite": z.C, "added": z.C, "squeeze": z.H}
+    if z.GC:
+        widths |= {"context": z.C, "key": z.C, "query": z.Q, "norm": z.Q, "norm bias": z.Q}
+    widths |= {place: z.C for place in ("membrane", "output") if f"pe_{place}.weight" in z.p}
+    rows = new(z.images, sum(widths.values()))
+    K, of = rows.shape[1], dict(zip(widths, rows.split(list(widths.values()), 1)))
+
+    dx, hidden, dpool = torch.empty_like(x), new(z.images, z.H), new(z.images, z.C) if z.SA else None
+    dhm, part = (None, None) if z.whole else (new(*x.shape[1:]), new(2, z.T, z.B, z.parts, z.C))
+    # A launch begins with what follows of the step after its last one; after the last launch that of step 0 is left.
+    for start, stop in [(-1, z.T)] if z.whole else [*reversed(z.launches()), (-1, 0)]:
+        steps_backward[(z.B, z.parts if stop else 1)](
+            ds, x, dx, dhm, added, ps, ws, pool, part, hidden, dpool, of["excite"], of["added"], of["squeeze"],
+            of.get("membrane"), of.get("output"), z.pe, z.pe_membrane, z.kept, z.p.get("sa.squeeze.weight"),
+            z.p.get("sa.squeeze.bias"), excite, K, z.alpha, z.total, z.v_th, z.v_reset, z.leak, z.a, z.T, z.B,
+            start=start, stop=stop, **z.back)
+    pairs = {"sa.squeeze": (of["squeeze"], pool), "sa.excite": (of["excite"], hidden)} if z.SA else {}
+    if z.GC:
+        value = new(z.images, z.Q)
+        query_backward[(triton.cdiv(z.images, 16),)](
+            of["added"], K, z.p["gc.value.weight"], z.p["gc.norm.weight"], z.p["gc.norm.bias"], q, value, of["query"],
+            of["norm"], of["norm bias"], z.images, **z.query)
+        multiply(of["query"], z.p["gc.query.weight"], None, of["context"])
+        pairs |= {"gc.query": (of["query"], seen), "gc.value": (of["added"], value)}
+    if z.GC or z.SA:
+        context_backward[(z.images,)](x, dx, z.p.get("gc.key.weight"), z.pe, seen, below, of.get("context"), dpool,
+                                      of.get("key"), K, z.B, **z.map)
+
+    gradients = dict(zip((f"{name}.weight" for name in pairs), summed_products(list(pairs.values()))))
+    sums = rows.view(z.T, z.B, K).sum(1)
+    by_step = dict(zip(widths, sums.split(list(widths.values()), 1)))
+    total = dict(zip(widths, sums.sum(0).split(list(widths.values()))))
+    if z.SA:
+        gradients |= {"sa.squeeze.bias": total["squeeze"], "sa.excite.bias": total["excite"]}
+    if z.GC:
+        gradients |= {"gc.key.weight": total["key"][None], "gc.key.bias": torch.zeros_like(z.p["gc.key.bias"]),
+                      "gc.query.bias": total["query"], "gc.value.bias": total["added"],
+                      "gc.norm.weight": total["norm"], "gc.norm.bias": total["norm bias"]}
+    gradients["pe_input.weight"] = by_step["added"] + by_step["context"] if z.GC else by_step["added"]
+    gradients |= {f"pe_{place}.weight": scale * by_step[place]
+                  for place, scale in (("membrane", z.leak), ("output", 1.0)) if place in by_step}
+    return dx, gradients
+
+
+def blocks(**sizes: int) -> dict[str, int]:
+    """As many as there are, from 16, the least of a product, to 64."""
+    return {name: min(max(triton.next_power_of_2(size), 16), 64) for name, size in sizes.items()}
+
+
+def multiply(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = x w + bias, rows of x and of out by themselves."""
+    (count, D), J = x.shape, w.shape[1]
+    size = blocks(BD=D, BJ=J)
+    linear[(triton.cdiv(count, 16), triton.cdiv(J, size["BJ"]))](
+        x, x.stride(0), w, bias, out, out.stride(0), count, D=D, J=J, BR=16, **size)
+
+
+def summed_products(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """x^T y of each pair, whose rows are images: of some images each, and then the sum of these."""
+    if not pairs:
+        return []
+    count, areas = len(pairs[0][0]), [x.shape[1] * y.shape[1] for x, y in pairs]
+    images = max(IMAGES, triton.next_power_of_2(triton.cdiv(count, PARTS)))
+    sums = pairs[0][0].new_empty(triton.cdiv(count, images), sum(areas))
+    for (x, y), out in zip(pairs, sums.split(areas, 1)):
+        D, J = x.shape[1], y.shape[1]
+        size = blocks(BD=D, BJ=J)
+        over_images[(triton.cdiv(D, size["BD"]), triton.cdiv(J, size["BJ"]), len(sums))](
+            x, x.stride(0), y, y.stride(0), out, sums.shape[1], count, images, D=D, J=J, BR=32, **size)
+    return [w.view(x.shape[1], y.shape[1]) for (x, y), w in zip(pairs, sums.sum(0).split(areas))]

@@ -1,0 +1,76 @@
+"""What the STAA neuron's kernels on a GPU have in common, in Triton. `fused_staa_gpu.py` launches them, and says how
+they hang together; what they compute stands in `attention.py`, in the order of `fused_staa.py`, whose letters these
+are.
+
+And: N positions, C channels, H hidden units, r = t B + b an image. n, c and j say which of them a program looks at, BN,
+BC and BJ how many: powers of two, and what is beyond the end is masked. `last`: whether the channels are the last axis
+in memory. K numbers lie between one image's row and the next one's where rows are part of longer ones.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row(numbers, r, c, C):
+    """numbers[r, c] (C,), or zero where there are none."""
+    out = tl.zeros([c.shape[0]], tl.float32)
+    if numbers is not None:
+        out = tl.load(numbers + r * C + c, mask=c < C, other=0.0)
+    return out
+
+
+@triton.jit
+def place(x, i, j, D, J, rows: tl.constexpr):
+    """Addresses of x[i, j], which lie in memory in rows, or in columns; and whether they are there."""
+    if rows:
+        return x + i[:, None] * J + j[None, :], (i < D)[:, None] & (j < J)[None, :]
+    return x + j[None, :] * D + i[:, None], (i < D)[:, None] & (j < J)[None, :]
+
+
+@triton.jit
+def read(x, i, j, D, J, rows: tl.constexpr):
+    at, there = place(x, i, j, D, J, rows)
+    return tl.load(at, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def write(x, y, i, j, D, J, rows: tl.constexpr):
+    at, there = place(x, i, j, D, J, rows)
+    tl.store(at, y.to(x.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def product(x, K, w, r, count, j, D: tl.constexpr, J: tl.constexpr, BD: tl.constexpr):
+    """x w (BR, BJ) of rows r of x (count, D), which lie K numbers apart, and a matrix w (D, J)."""
+    out = tl.zeros([r.shape[0], j.shape[0]], tl.float32)
+    for start in range(0, D, BD):
+        i = start + tl.arange(0, BD)
+        y = tl.load(x + r[:, None] * K + i[None, :], mask=(r < count)[:, None] & (i < D)[None, :], other=0.0)
+        out = tl.dot(y, read(w, i, j, D, J, True), out, input_precision="ieee")
+    return out
+
+
+@triton.jit
+def linear(x, K, w, bias, out, L, count, D: tl.constexpr, J: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+           BJ: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    j = tl.program_id(1) * BJ + tl.arange(0, BJ)
+    y = product(x, K, w, r, count, j, D, J, BD) + row(bias, 0, j, J)[None, :]
+    tl.store(out + r[:, None] * L + j[None, :], y, mask=(r < count)[:, None] & (j < J)[None, :])
+
+
+@triton.jit
+def over_images(x, K, y, L, out, size, count, images, D: tl.constexpr, J: tl.constexpr, BR: tl.constexpr,
+                BD: tl.constexpr, BJ: tl.constexpr):
+    """The sum over some images of the products of x (count, D) and y (count, J): out (., D, J), the first axis `size`
+    numbers apart."""
+    i, j = tl.program_id(0) * BD + tl.arange(0, BD), tl.program_id(1) * BJ + tl.arange(0, BJ)
+    part = tl.program_id(2).to(tl.int64)
+    sums = tl.zeros([BD, BJ], tl.float32)
+    for start in range(0, images, BR):
+        r = part * images + start + tl.arange(0, BR)
+        a = tl.load(x + r[None, :] * K + i[:, None], mask=(r < count)[None, :] & (i < D)[:, None], other=0.0)
+        b = tl.load(y + r[:, None] * L + j[None, :], mask=(r < count)[:, None] & (j < J)[None, :], other=0.0)
+        sums = tl.dot(a, b, sums, input_precision="ieee")
+    tl.store(out + part * size + i[:, None] * J + j[None, :], sums, mask=(i < D)[:, None] & (j < J)[None, :])

@@ -1,0 +1,100 @@
+"""The GC block of the STAA neuron on a GPU, eqs. 7 to 9: see `kernels.py`."""
+
+import triton
+import triton.language as tl
+
+from .kernels import product, read, row, write
+
+
+@triton.jit
+def context(x, key, pe, mean, context, denominator, B, N: tl.constexpr, C: tl.constexpr, last: tl.constexpr,
+            GC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+    """The mean over space (T, B, C); the context + PE (T, B, C), and the logarithm of its softmax's denominator (T, B).
+    Each of the BN positions has a softmax of its own until the end."""
+    r, c = tl.program_id(0).to(tl.int64), tl.arange(0, BC)
+    total, seen = tl.zeros([BN, BC], tl.float32), tl.zeros([BN, BC], tl.float32)
+    top, below = tl.full([BN], -1e30, tl.float32), tl.zeros([BN], tl.float32)
+    weight = row(key, 0, c, C)[None, :]
+    for start in tl.range(0, N, BN, num_stages=3):
+        n = start + tl.arange(0, BN)
+        y = read(x + r * N * C, n, c, N, C, last)
+        total += y
+        if GC:
+            score = tl.where(n < N, tl.sum(y * weight, 1), -1e30)
+            new = tl.maximum(top, score)
+            shrink, e = tl.exp(top - new), tl.where(n < N, tl.exp(score - new), 0.0)
+            seen, below, top = seen * shrink[:, None] + y * e[:, None], below * shrink + e, new
+    tl.store(mean + r * C + c, tl.sum(total, 0) / N, mask=c < C)
+    if GC:
+        highest = tl.max(top, 0)
+        shrink = tl.exp(top - highest)
+        below_all = tl.sum(below * shrink, 0)
+        seen_all = tl.sum(seen * shrink[:, None], 0) / below_all
+        tl.store(context + r * C + c, seen_all + row(pe, r // B, c, C), mask=c < C)
+        tl.store(denominator + r, highest + tl.log(below_all))
+
+
+@triton.jit
+def context_backward(x, dx, key, pe, context, denominator, dcontext, dmean, dkey, K, B, N: tl.constexpr,
+                     C: tl.constexpr, last: tl.constexpr, GC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+    """Adds to dx what comes through the mean and the context; dkey of each image. K numbers apart, as dcontext."""
+    r, c = tl.program_id(0).to(tl.int64), tl.arange(0, BC)
+    weight, spread = row(key, 0, c, C)[None, :], row(dmean, r, c, C)[None, :] / N
+    if GC:
+        by_context = tl.load(dcontext + r * K + c, mask=c < C, other=0.0)
+        middle = tl.sum(by_context * (row(context, r, c, C) - row(pe, r // B, c, C)), 0)  # the mean of dk, weighed by k
+        below = tl.load(denominator + r)
+    sums = tl.zeros([BN, BC], tl.float32)
+    for start in range(0, N, BN):
+        n = start + tl.arange(0, BN)
+        y = read(x + r * N * C, n, c, N, C, last)
+        d = read(dx + r * N * C, n, c, N, C, last) + spread
+        if GC:
+            k = tl.exp(tl.where(n < N, tl.sum(y * weight, 1), -1e30) - below)
+            dscore = k * (tl.sum(y * by_context[None, :], 1) - middle)
+            d += k[:, None] * by_context[None, :] + dscore[:, None] * weight
+            sums += dscore[:, None] * y
+        write(dx + r * N * C, d, n, c, N, C, last)
+    if GC:
+        tl.store(dkey + r * K + c, tl.sum(sums, 0), mask=c < C)
+
+
+@triton.jit
+def normal_of(q, H: tl.constexpr):
+    """q (BR, H), normalised, and the factor."""
+    there = (tl.arange(0, q.shape[1]) < H)[None, :]
+    q = tl.where(there, q - (tl.sum(q, 1) / H)[:, None], 0.0)
+    factor = tl.rsqrt(tl.sum(q * q, 1) / H + 1e-5)[:, None]
+    return q * factor, factor
+
+
+@triton.jit
+def query(context, w, b, weight, bias, q, out, count, C: tl.constexpr, H: tl.constexpr, BR: tl.constexpr,
+          BD: tl.constexpr, BJ: tl.constexpr):
+    """The query q and ReLU(LN(q)), (T, B, H)."""
+    r, j = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BJ)
+    y = product(context, C, w, r, count, j, C, H, BD) + row(b, 0, j, H)[None, :]
+    at, there = r[:, None] * H + j[None, :], (r < count)[:, None] & (j < H)[None, :]
+    tl.store(q + at, y, mask=there)
+    y, _ = normal_of(y, H)
+    tl.store(out + at, tl.maximum(y * row(weight, 0, j, H)[None, :] + row(bias, 0, j, H)[None, :], 0.0), mask=there)
+
+
+@triton.jit
+def query_backward(dadded, K, w, weight, bias, q, out, dq, dweight, dbias, count, C: tl.constexpr, H: tl.constexpr,
+                   BR: tl.constexpr, BD: tl.constexpr, BJ: tl.constexpr):
+    """dq, and for the sums over images what of it belongs to LN's weight and bias."""
+    r, j = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BJ)
+    d = product(dadded, K, w, r, count, j, C, H, BD)
+    there = (r < count)[:, None] & (j < H)[None, :]
+    normal, factor = normal_of(tl.load(q + r[:, None] * H + j[None, :], mask=there, other=0.0), H)
+    slope = row(weight, 0, j, H)[None, :]
+    y = tl.maximum(normal * slope + row(bias, 0, j, H)[None, :], 0.0)
+    d = tl.where(y > 0, d, 0.0)
+    at = r[:, None] * K + j[None, :]
+    tl.store(out + r[:, None] * H + j[None, :], y, mask=there)
+    tl.store(dweight + at, d * normal, mask=there)
+    tl.store(dbias + at, d, mask=there)
+    d *= slope
+    d = factor * (d - (tl.sum(d, 1) / H)[:, None] - normal * (tl.sum(d * normal, 1) / H)[:, None])
+    tl.store(dq + at, d, mask=there)
