@@ -27,8 +27,9 @@ from .kernels_steps import steps, steps_backward
 
 #: Elements of a current that one program holds, step by step; and where a map has more, that it goes through in tiles.
 WHOLE, PART, TILE = 16384, 32768, 4096
-#: Hidden units of SA that are computed together, and elements of their weights on the way back.
-TOGETHER, WEIGHTS = 16, 8192
+#: Elements of SA's weights that one program loads at once. From WIDE channels on they are more than the current, and
+#: more threads load them, on the way there.
+WEIGHTS, WIDE = 8192, 512
 #: Images whose products are summed by one program, and the most parts that are summed afterwards.
 IMAGES, PARTS = 64, 8
 
@@ -92,7 +93,8 @@ class Neuron:
         self.parts = triton.cdiv(N, span)
         self.step = dict(last=last, SA=self.SA, leaky=leaky, whole=self.whole, N=N, C=C, H=self.H, span=span,
                          parts=self.parts, BN=BN, BC=BC, BP=triton.next_power_of_2(self.parts))
-        self.forth = self.step | dict(BJ=min(TOGETHER, units), num_warps=warps(BN * BC // 2048, TOGETHER * BC // 512))
+        self.forth = self.step | dict(BJ=min(32 if BC >= WIDE else 16, units),
+                                      num_warps=warps(BN * BC // 2048, 16 if BC >= WIDE else 4))
         self.back = self.step | dict(BJ=min(max(WEIGHTS // BC, 1), units), num_warps=warps(BN * BC // 2048))
         self.map = dict(last=last, GC=self.GC, N=N, C=C, BN=min(everywhere, max(2048 // BC, 1)), BC=BC)
         BJ = max(triton.next_power_of_2(self.Q), 16)
