@@ -21,14 +21,14 @@ import triton
 from torch import Tensor
 
 from .fused import first_derivative
-from .kernels import linear, over_images
+from .kernels import linear, over_batch, over_images
 from .kernels_gc import context, context_backward, query, query_backward
 from .kernels_steps import steps, steps_backward
 
 #: Elements of a current that one program holds, step by step; and where a map has more, that it goes through in tiles.
 WHOLE, PART, TILE = 16384, 32768, 4096
-#: Elements of SA's weights that one program loads at once. From WIDE channels on they are more than the current, and
-#: more threads load them, on the way there.
+#: Elements of SA's weights that one program loads at once. From WIDE channels on they are more than its current, and on
+#: the way there twice as many are loaded, by more threads.
 WEIGHTS, WIDE = 8192, 512
 #: Images whose products are summed by one program, and the most parts that are summed afterwards.
 IMAGES, PARTS = 64, 8
@@ -93,12 +93,12 @@ class Neuron:
         self.parts = triton.cdiv(N, span)
         self.step = dict(last=last, SA=self.SA, leaky=leaky, whole=self.whole, N=N, C=C, H=self.H, span=span,
                          parts=self.parts, BN=BN, BC=BC, BP=triton.next_power_of_2(self.parts))
-        self.forth = self.step | dict(BJ=min(32 if BC >= WIDE else 16, units),
-                                      num_warps=warps(BN * BC // 2048, 16 if BC >= WIDE else 4))
-        self.back = self.step | dict(BJ=min(max(WEIGHTS // BC, 1), units), num_warps=warps(BN * BC // 2048))
+        BJ, of_tile = max(WEIGHTS // BC, 1), BN * BC // 2048
+        self.back = self.step | dict(BJ=min(BJ, units), num_warps=warps(of_tile))
+        self.forth = self.back if BC < WIDE else self.step | dict(BJ=min(2 * BJ, units), num_warps=16)
         self.map = dict(last=last, GC=self.GC, N=N, C=C, BN=min(everywhere, max(2048 // BC, 1)), BC=BC)
-        BJ = max(triton.next_power_of_2(self.Q), 16)
-        self.query = dict(C=C, H=self.Q, BR=16, BD=max(min(BC, 8192 // BJ, 64), 16), BJ=BJ, num_warps=warps(BJ // 16))
+        BQ = max(triton.next_power_of_2(self.Q), 16)
+        self.query = dict(C=C, H=self.Q, BR=16, BD=max(min(BC, 8192 // BQ, 64), 16), BJ=BQ, num_warps=warps(BQ // 16))
 
     def launches(self) -> list[tuple[int, int]]:
         """The time steps of each launch, from the first up to the second."""
@@ -166,11 +166,12 @@ def backward(ds: Tensor, x: Tensor, z: Neuron, pool, ps, ws, seen, below, q, add
         multiply(of["query"], z.p["gc.query.weight"], None, of["context"])
         pairs |= {"gc.query": (of["query"], seen), "gc.value": (of["added"], value)}
     if z.GC or z.SA:
-        context_backward[(z.images,)](x, dx, z.p.get("gc.key.weight"), z.pe, seen, below, of.get("context"), dpool,
-                                      of.get("key"), K, z.B, **z.map)
+        context_backward[(z.images,)](x, dx, z.p.get("gc.key.weight"), z.pe, seen, below, of["added"],
+                                      of.get("context"), dpool, of.get("key"), K, z.B, **z.map)
 
     gradients = dict(zip((f"{name}.weight" for name in pairs), summed_products(list(pairs.values()))))
-    sums = rows.view(z.T, z.B, K).sum(1)
+    sums = new(z.T, K)
+    over_batch[(z.T, triton.cdiv(K, 32))](rows, sums, z.B, K, BR=64, BJ=32)
     by_step = dict(zip(widths, sums.split(list(widths.values()), 1)))
     total = dict(zip(widths, sums.sum(0).split(list(widths.values()))))
     if z.SA:
@@ -179,7 +180,7 @@ def backward(ds: Tensor, x: Tensor, z: Neuron, pool, ps, ws, seen, below, q, add
         gradients |= {"gc.key.weight": total["key"][None], "gc.key.bias": torch.zeros_like(z.p["gc.key.bias"]),
                       "gc.query.bias": total["query"], "gc.value.bias": total["added"],
                       "gc.norm.weight": total["norm"], "gc.norm.bias": total["norm bias"]}
-    gradients["pe_input.weight"] = by_step["added"] + by_step["context"] if z.GC else by_step["added"]
+    gradients["pe_input.weight"] = by_step["context" if z.GC else "added"]
     gradients |= {f"pe_{place}.weight": scale * by_step[place]
                   for place, scale in (("membrane", z.leak), ("output", 1.0)) if place in by_step}
     return dx, gradients

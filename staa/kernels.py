@@ -74,3 +74,13 @@ def over_images(x, K, y, L, out, size, count, images, D: tl.constexpr, J: tl.con
         b = tl.load(y + r[:, None] * L + j[None, :], mask=(r < count)[:, None] & (j < J)[None, :], other=0.0)
         sums = tl.dot(a, b, sums, input_precision="ieee")
     tl.store(out + part * size + i[:, None] * J + j[None, :], sums, mask=(i < D)[:, None] & (j < J)[None, :])
+
+
+@triton.jit
+def over_batch(x, out, B, K, BR: tl.constexpr, BJ: tl.constexpr):
+    """The sum over samples of x (T, B, K): out (T, K)."""
+    t, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BJ + tl.arange(0, BJ)
+    sums = tl.zeros([BR, BJ], tl.float32)
+    for start in tl.range(0, B, BR, num_stages=3):
+        sums += read(x + t * B * K, start + tl.arange(0, BR), k, B, K, True)
+    tl.store(out + t * K + k, tl.sum(sums, 0), mask=k < K)

@@ -35,15 +35,17 @@ def context(x, key, pe, mean, context, denominator, B, N: tl.constexpr, C: tl.co
 
 
 @triton.jit
-def context_backward(x, dx, key, pe, context, denominator, dcontext, dmean, dkey, K, B, N: tl.constexpr,
+def context_backward(x, dx, key, pe, context, denominator, dadded, dcontext, dmean, dkey, K, B, N: tl.constexpr,
                      C: tl.constexpr, last: tl.constexpr, GC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
-    """Adds to dx what comes through the mean and the context; dkey of each image. K numbers apart, as dcontext."""
+    """Adds to dx what comes through the mean and the context; dkey of each image. And dcontext becomes the gradient of
+    PE, which is in the context and, as dadded, beside it."""
     r, c = tl.program_id(0).to(tl.int64), tl.arange(0, BC)
     weight, spread = row(key, 0, c, C)[None, :], row(dmean, r, c, C)[None, :] / N
     if GC:
         by_context = tl.load(dcontext + r * K + c, mask=c < C, other=0.0)
         middle = tl.sum(by_context * (row(context, r, c, C) - row(pe, r // B, c, C)), 0)  # the mean of dk, weighed by k
         below = tl.load(denominator + r)
+        tl.store(dcontext + r * K + c, by_context + tl.load(dadded + r * K + c, mask=c < C, other=0.0), mask=c < C)
     sums = tl.zeros([BN, BC], tl.float32)
     for start in range(0, N, BN):
         n = start + tl.arange(0, BN)

@@ -108,7 +108,7 @@ def launches(monkeypatch):
 
     seen = []
     for name in ("context", "query", "linear", "steps", "steps_backward", "query_backward", "context_backward",
-                 "over_images"):
+                 "over_images", "over_batch"):
         kernel = getattr(fused_staa_gpu, name)
 
         def launcher(grid, kernel=kernel, name=name):
@@ -139,7 +139,7 @@ SETTINGS = {
 def test_staa_by_hand(share, settings, launches, monkeypatch):
     if share:
         cut(monkeypatch)
-    by_hand(moved(STAALIF(12, 3, **settings)), current(3, 3, 12, 3, 5), launches, monkeypatch)
+    by_hand(moved(STAALIF(12, 3, **settings)), current(3, 2, 12, 3, 5), launches, monkeypatch)
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -160,7 +160,7 @@ def test_staa_by_hand_of_other_currents(shape, dtype, channels_last, launches, m
 
 
 def by_hand(neuron, x, launches, monkeypatch):
-    """As `same`, without the compiler. The gradient of the key's bias is 0, by rounding alone it is not."""
+    """As `same`, without the compiler. The gradient of the key's bias is 0: softmax takes no notice of it."""
     gradient = torch.randn_like(x)
     s, *gradients = both(neuron, x, gradient)
     assert {"steps", "steps_backward"} <= set(launches)
@@ -171,4 +171,7 @@ def by_hand(neuron, x, launches, monkeypatch):
     for (name, _), a, b in zip([("x", x), *neuron.named_parameters()], gradients, expected):
         bound = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[a.dtype]
         assert a.shape == b.shape and a.dtype == b.dtype
-        assert (a - b).abs().max() <= bound * max(b.abs().max(), 0.1), name
+        if name == "gc.key.bias":
+            assert not a.any() and b.abs().max() < 1e-4
+        else:
+            assert (a - b).abs().max() <= bound * max(b.abs().max(), 0.1), name

@@ -129,22 +129,25 @@ def test_the_readmes_sentences_on_results_are_those_of_the_records():
     from staa import experiments, records, stats, studies, tables
 
     text = " ".join((ROOT / "README.md").read_text().split())
-    steps = {found[0].config["epochs"]: studies.steps(found) for found in tables.vouched_setups(experiments.TABLE4).values()}
+    def narrow(setups, measure):  # of a quarter of the width
+        return {found[0].config["epochs"]: measure(found) for found in setups.values() if found[0].config["width"] == 0.25}
+
+    steps = narrow(tables.vouched_setups(experiments.TABLE4), studies.steps)
     assert all(gain["all"].mean < 0 for gain in steps.values()), "in none of these runs does STAA beat LIF"
     for epochs, gain in steps.items():
-        assert f"{-gain['all'].mean:.2f}" in text.partition("- In none of these runs")[2], epochs
+        assert f"{-gain['all'].mean:.2f}" in text.partition("- In none of the runs")[2], epochs
     sa = steps[3]["SA with TSRD"]
     assert f"with TSRD, {-sa.mean:.2f} points after 3 epochs ({-sa.high:.2f} to {-sa.low:.2f})" in text
     undecided = {epochs for epochs, gain in steps.items() if not gain["all"].beyond_chance}
     assert undecided == {3, 24} and f"{-steps[12]['all'].high:.2f} to {-steps[12]['all'].low:.2f}, corrected" in text
     notebook = " ".join((ROOT / "notebooks" / "leak.ipynb").read_text().replace("\\n\",", "").replace('"', "").split())
-    leaks = {found[0].config["epochs"]: studies.leak_gains(found) for found in studies.vouched_leaks().values()}
+    leaks = narrow(studies.vouched_leaks(), studies.leak_gains)
     leak, over_lif = leaks[12]["leak in GC + PE + SA + TSRD"], leaks[12]["staa-leaky over LIF"]
     both, neither = leaks[3]["SA with a leak"], leaks[3]["SA without a leak"]
     assert f"{leak.mean:.2f} points higher after 12 epochs (seeds 0 to 2; {leak.low:.2f} to {leak.high:.2f}, corrected" in text and leak.n == 3
     assert leak.beyond_chance and not any(gain.beyond_chance for gain in (over_lif, both, neither))
     assert f"{over_lif.mean:.2f} above LIF, in five of six seeds ({over_lif.low:.2f} to {over_lif.high:+.2f}: undecided" in text
-    twelve = {found[0].config["epochs"]: studies.leak_rows(found) for found in studies.vouched_leaks().values()}[12]
+    twelve = narrow(studies.vouched_leaks(), studies.leak_rows)[12]
     (lif, _), *_, (leaky, _) = [[{run.config["seed"]: run.accuracy for run in rs} for rs in pair] for pair in twelve.values()]
     assert sum(leaky[seed] > lif[seed] for seed in lif) == 5
     assert {epochs: gains["staa-leaky over LIF"].mean > 0 for epochs, gains in leaks.items()} == {3: True, 12: True, 24: False}
@@ -173,3 +176,19 @@ def test_the_readmes_sentences_on_results_are_those_of_the_records():
     rates = {f"{sum(map(tables.firing_rate, found[label])) / 3:.3f}" for label in ("FSTA", "FSTA's LIF")}
     assert len(rates) == 1 and f"It fires as often ({rates.pop()})" in text
     assert f"by {gain.mean:.2f} points (95 % interval of this comparison alone {gain.low:.2f} to {gain.high:+.2f}" in text
+
+
+def test_the_readmes_sentences_on_full_width_networks_are_those_of_the_records():
+    """Each of one seed; all that differs between the two trainings is the neuron."""
+    from staa import records
+
+    runs = [run for run in records.vouched() if run.config["width"] == 1 and run.config["dataset"] == "cifar10"]
+    staa, lif = sorted(runs, key=lambda run: run.config["neuron"], reverse=True)
+    differ = {key for key in staa.config if staa.config[key] != lif.config[key]}
+    assert differ == {"neuron", "neuron_settings"} and staa.config["epochs"] == 24 and not staa.config["train_images"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"comes to {staa.accuracy:.2f} % after 24 epochs on a GPU and the plain LIF neuron to {lif.accuracy:.2f} %" in text
+    assert f"is {staa.accuracy - lif.accuracy:.2f} points above LIF: {staa.accuracy:.2f} to {lif.accuracy:.2f} %" in text
+    more = staa.outcome["parameters"] / lif.outcome["parameters"] - 1
+    assert f"STAA has {100 * more:.0f} % more parameters" in text
+    assert "STAA in {:.0f} s, LIF in {:.0f} s".format(*(run.provenance["seconds"] for run in (staa, lif))) in text
