@@ -273,7 +273,7 @@ class STAALIF(LIF):
         for block, module in self.named_modules(remove_duplicate=False):
             for name in ("weight", "bias") if block else ():
                 if (p := getattr(module, name, None)) is not None:
-                    parameters[f"{block}.{name}"] = p.to(kind).view(p.shape[:2])
+                    parameters[f"{block}.{name}"] = p.to(kind).view(p.shape[:2]).contiguous()
         return fused_staa.staa(x, parameters, kept, (alpha, *self.numbers()), self.leaky, self.surrogate)
 
     def is_plain(self) -> bool:

@@ -19,7 +19,7 @@ where not.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -51,10 +51,13 @@ def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers:
 
 
 def is_by_hand(x: Tensor, surrogate: Surrogate, parameters: dict[str, Tensor]) -> bool:
-    """Whether `fused_staa_gpu` computes x: on a GPU, with the paper's surrogate, in float32 or less; and a row of
-    weights has to fit into registers."""
-    widest = max([x.shape[2], *(2 * len(p) for name, p in parameters.items() if name == "gc.query.bias")])
-    return fused.on_gpu(x) and surrogate is RECTANGLE and x.dtype != torch.float64 and widest <= 1024
+    """Whether `fused_staa_gpu` computes x: on a GPU, with the paper's surrogate, in float32 or less; a row of weights
+    has to fit into registers. It is handed addresses, so what does not fit together is left to torch, which says so."""
+    T, _, C = x.shape[:3]
+    widest = max([C, *(2 * len(p) for name, p in parameters.items() if name == "gc.query.bias")])
+    fits = all(type(p) in (Tensor, nn.Parameter) and p.device == x.device
+               and (not name.startswith("pe") or p.shape == (T, C)) for name, p in parameters.items())
+    return fused.on_gpu(x) and surrogate is RECTANGLE and x.dtype != torch.float64 and widest <= 1024 and fits
 
 
 def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, leaky: bool,

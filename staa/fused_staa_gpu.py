@@ -1,5 +1,5 @@
-"""The STAA neuron on a GPU, by hand. What it computes stands in `attention.py`, in the order of `fused_staa.py`; this
-file says the same kernel by kernel (`kernels*.py`), and is tested against it.
+"""The STAA neuron on a GPU, its kernels written by hand. What it computes stands in `attention.py`, in the order of
+`fused_staa.py`; this file says the same kernel by kernel (`kernels*.py`), and is tested against it.
 
 Compiled, those equations are a hundred kernels, nearly all of them shorter than the GPU needs to begin one, since what
 hangs together over time is only a number a sample and channel. Here they are some twenty:
@@ -7,11 +7,12 @@ hangs together over time is only a number a sample and channel. Here they are so
     context               one program an image: GC's attention over space, and the plain mean (eqs. 7, 8)
     query, linear         GC's query, norm and value, some images a program (eqs. 8, 9)
     steps                 one sample a program: SA, the potential and the spikes, step by step (eqs. 12, 14, 2, 3)
-    steps_backward, query_backward, linear, context_backward, and over_images: the weights' gradients
+    steps_backward, query_backward, linear, context_backward; over_images and over_batch for the parameters' gradients
 
 Where a map does not fit into the registers of one program, several share it, and each time step is launched by itself:
 the mean over the whole map has to be known before the next one. What the steps before left of the potential is computed
-anew. Sums over images are the same in every run: there is no atomic operation.
+anew. Sums over images are the same in every run: there is no atomic operation. In bf16 the current's gradient is
+rounded twice, once before what comes through the means is added.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -25,18 +26,21 @@ from .kernels import linear, over_batch, over_images
 from .kernels_gc import context, context_backward, query, query_backward
 from .kernels_steps import steps, steps_backward
 
-#: Elements of a current that one program holds, step by step; and where a map has more, that it goes through in tiles.
-WHOLE, PART, TILE = 16384, 32768, 4096
-#: Elements of SA's weights that one program loads at once. From WIDE channels on they are more than its current, and on
-#: the way there twice as many are loaded, by more threads.
+#: Elements of a current that one program holds, step by step; where a map has more, those of the part that a program
+#: goes through, and of a tile of it. And of a tile of `context`. (These and the following were chosen on an H200.)
+WHOLE, PART, TILE, IMAGE_TILE = 16384, 32768, 4096, 2048
+#: Elements of SA's weights that one program loads at once. From WIDE channels on they are more than its current: the
+#: forward pass loads twice as many then, with more threads.
 WEIGHTS, WIDE = 8192, 512
+#: Time steps up to which a kernel is compiled for each: it takes long, and the longer the more steps are before.
+UNROLLED = 8
 #: Images whose products are summed by one program, and the most parts that are summed afterwards.
 IMAGES, PARTS = 64, 8
 
 
 class ByHand(torch.autograd.Function):
-    """Spikes for the current x as it lies. Of it nothing but itself is kept for the backward pass; of each image and
-    channel five numbers."""
+    """Spikes for the current x as it lies. For the backward pass it is kept itself; of each image and channel five
+    numbers, of each image C / r and one more; and the weights."""
 
     @staticmethod
     def forward(ctx, x, space, kept, numbers, leaky, names, *values):
@@ -64,7 +68,8 @@ def on(device: torch.device) -> AbstractContextManager:
 
 
 class Neuron:
-    """A neuron's settings and parameters as the kernels take them, and what they are launched with."""
+    """A neuron's settings and parameters as the kernels take them, and what they are launched with, for a current x
+    (T, B, N, C) or (T, B, C, N); N is space."""
 
     def __init__(self, x: Tensor, space: int, kept: Tensor | None, numbers: tuple, leaky: bool,
                  parameters: dict[str, Tensor]):
@@ -91,83 +96,92 @@ class Neuron:
         BN = everywhere if self.whole else max(TILE // BC, 1)
         span = BN if self.whole else max(PART // BC, BN)
         self.parts = triton.cdiv(N, span)
-        self.step = dict(last=last, SA=self.SA, leaky=leaky, whole=self.whole, N=N, C=C, H=self.H, span=span,
-                         parts=self.parts, BN=BN, BC=BC, BP=triton.next_power_of_2(self.parts))
+        common = dict(last=last, SA=self.SA, leaky=leaky, whole=self.whole, N=N, C=C, H=self.H, span=span,
+                         parts=self.parts, BN=BN, BC=BC,
+                      BP=min(triton.next_power_of_2(self.parts), max(TILE // BC, 1)))
         BJ, of_tile = max(WEIGHTS // BC, 1), BN * BC // 2048
-        self.back = self.step | dict(BJ=min(BJ, units), num_warps=warps(of_tile))
-        self.forth = self.back if BC < WIDE else self.step | dict(BJ=min(2 * BJ, units), num_warps=16)
-        self.map = dict(last=last, GC=self.GC, N=N, C=C, BN=min(everywhere, max(2048 // BC, 1)), BC=BC)
+        self.steps_backward = common | dict(BJ=min(BJ, units), num_warps=warps(of_tile))
+        self.steps = self.steps_backward if BC < WIDE else common | dict(BJ=min(2 * BJ, units), num_warps=16)
+        self.maps = dict(last=last, GC=self.GC, N=N, C=C, BN=min(everywhere, max(IMAGE_TILE // BC, 1)), BC=BC)
         BQ = max(triton.next_power_of_2(self.Q), 16)
-        self.query = dict(C=C, H=self.Q, BR=16, BD=max(min(BC, 8192 // BQ, 64), 16), BJ=BQ, num_warps=warps(BQ // 16))
+        self.queries = dict(C=C, H=self.Q, BR=16, BD=max(min(BC, 8192 // BQ, 64), 16), BJ=BQ, num_warps=warps(BQ // 16))
 
-    def launches(self) -> list[tuple[int, int]]:
-        """The time steps of each launch, from the first up to the second."""
-        return [(0, self.T)] if self.whole else [(t, t + 1) for t in range(self.T)]
+    def launches(self) -> list[tuple[int, int, int | None]]:
+        """The time steps of each launch, from the first up to the second; and how many the compiler is to know."""
+        if self.whole:
+            return [(0, self.T, None)]
+        return [(t, t + 1, t if self.T <= UNROLLED else None) for t in range(self.T)]
+
+    def launches_backward(self) -> list[tuple[int, int, int | None]]:
+        """The same; a launch begins with what follows of the step after its last one, and of step 0 that is left."""
+        if self.whole:
+            return [(-1, self.T, None)]
+        return [*reversed(self.launches()), (-1, 0, -1 if self.T <= UNROLLED else None)]
 
 
-def warps(*wanted: int) -> int:
-    return min(max(*wanted, 4), 16)
+def warps(wanted: int) -> int:
+    return min(max(wanted, 4), 16)
 
 
 def forward(x: Tensor, z: Neuron) -> tuple[Tensor, tuple]:
-    """Spikes, and what the backward pass needs."""
+    """Spikes, as x lies, and what the backward pass needs."""
     def new(*shape):
         return x.new_empty(shape, dtype=torch.float32)
 
-    pool, ps, ws, mean, seen, below = *(new(z.images, z.C) for _ in range(5)), new(z.images)
-    q = added = excite = None
+    pools, ps, ws, mean, contexts, log_denominator = *(new(z.images, z.C) for _ in range(5)), new(z.images)
+    q = value = excite = None
     if z.GC or z.SA:
-        context[(z.images,)](x, z.p.get("gc.key.weight"), z.pe, mean, seen, below, z.B, **z.map)
+        context[(z.images,)](x, z.p.get("gc.key.weight"), z.pe, mean, contexts, log_denominator, z.B, **z.maps)
     if z.GC:
-        q, hidden, added = new(z.images, z.Q), new(z.images, z.Q), new(z.images, z.C)
+        q, queried, value = new(z.images, z.Q), new(z.images, z.Q), new(z.images, z.C)
         query[(triton.cdiv(z.images, 16),)](
-            seen, z.p["gc.query.weight"].mT.contiguous(), z.p["gc.query.bias"], z.p["gc.norm.weight"],
-            z.p["gc.norm.bias"], q, hidden, z.images, **z.query)
-        multiply(hidden, z.p["gc.value.weight"].mT.contiguous(), z.p["gc.value.bias"], added)
+            contexts, z.p["gc.query.weight"].mT.contiguous(), z.p["gc.query.bias"], z.p["gc.norm.weight"],
+            z.p["gc.norm.bias"], q, queried, z.images, **z.queries)
+        multiply(queried, z.p["gc.value.weight"].mT.contiguous(), z.p["gc.value.bias"], value)
     if z.SA:
         excite = z.p["sa.excite.weight"].mT.contiguous()
     s, part = torch.empty_like(x), new(z.T, z.B, z.parts, z.C)
-    for start, stop in z.launches():
+    for start, stop, unrolled in z.launches():
         steps[(z.B, z.parts)](
-            x, s, mean, added, ps, ws, pool, part, z.pe, z.pe_membrane, z.pe_output, z.kept,
+            x, s, mean, value, ps, ws, pools, part, z.pe, z.pe_membrane, z.pe_output, z.kept,
             z.p.get("sa.squeeze.weight"), z.p.get("sa.squeeze.bias"), excite, z.p.get("sa.excite.bias"), z.alpha,
-            z.decay, z.total, z.rest, z.v_th, z.v_reset, z.leak, z.B, start=start, stop=stop, **z.forth)
-    return s, (pool, ps, ws, seen, below, q, added, excite)
+            z.decay, z.total, z.rest, z.v_th, z.v_reset, z.leak, z.B, start, stop, unrolled, **z.steps)
+    return s, (pools, ps, ws, contexts, log_denominator, q, value, excite)
 
 
-def backward(ds: Tensor, x: Tensor, z: Neuron, pool, ps, ws, seen, below, q, added, excite) -> tuple[Tensor, dict]:
+def backward(ds: Tensor, x: Tensor, z: Neuron, pools, ps, ws, contexts, log_denominator, q, value,
+             excite) -> tuple[Tensor, dict[str, Tensor]]:
     """The gradients of x, and of the parameters by their names."""
     def new(*shape):
         return x.new_empty(shape, dtype=torch.float32)
 
     # What is summed over images lies side by side, one row an image.
-    widths = {"excite": z.C, "added": z.C, "squeeze": z.H}
+    widths = {"excite": z.C, "value": z.C, "squeeze": z.H}
     if z.GC:
         widths |= {"context": z.C, "key": z.C, "query": z.Q, "norm": z.Q, "norm bias": z.Q}
     widths |= {place: z.C for place in ("membrane", "output") if f"pe_{place}.weight" in z.p}
     rows = new(z.images, sum(widths.values()))
     K, of = rows.shape[1], dict(zip(widths, rows.split(list(widths.values()), 1)))
 
-    dx, hidden, dpool = torch.empty_like(x), new(z.images, z.H), new(z.images, z.C) if z.SA else None
+    dx, squeezed, dpools = torch.empty_like(x), new(z.images, z.H), new(z.images, z.C) if z.SA else None
     dhm, part = (None, None) if z.whole else (new(*x.shape[1:]), new(2, z.T, z.B, z.parts, z.C))
-    # A launch begins with what follows of the step after its last one; after the last launch that of step 0 is left.
-    for start, stop in [(-1, z.T)] if z.whole else [*reversed(z.launches()), (-1, 0)]:
+    for start, stop, unrolled in z.launches_backward():
         steps_backward[(z.B, z.parts if stop else 1)](
-            ds, x, dx, dhm, added, ps, ws, pool, part, hidden, dpool, of["excite"], of["added"], of["squeeze"],
+            ds, x, dx, dhm, value, ps, ws, pools, part, squeezed, dpools, of["excite"], of["value"], of["squeeze"],
             of.get("membrane"), of.get("output"), z.pe, z.pe_membrane, z.kept, z.p.get("sa.squeeze.weight"),
             z.p.get("sa.squeeze.bias"), excite, K, z.alpha, z.total, z.v_th, z.v_reset, z.leak, z.a, z.T, z.B,
-            start=start, stop=stop, **z.back)
-    pairs = {"sa.squeeze": (of["squeeze"], pool), "sa.excite": (of["excite"], hidden)} if z.SA else {}
+            start, stop, unrolled, **z.steps_backward)
+    pairs = {"sa.squeeze": (of["squeeze"], pools), "sa.excite": (of["excite"], squeezed)} if z.SA else {}
     if z.GC:
-        value = new(z.images, z.Q)
+        queried = new(z.images, z.Q)
         query_backward[(triton.cdiv(z.images, 16),)](
-            of["added"], K, z.p["gc.value.weight"], z.p["gc.norm.weight"], z.p["gc.norm.bias"], q, value, of["query"],
-            of["norm"], of["norm bias"], z.images, **z.query)
+            of["value"], K, z.p["gc.value.weight"], z.p["gc.norm.weight"], z.p["gc.norm.bias"], q, queried, of["query"],
+            of["norm"], of["norm bias"], z.images, **z.queries)
         multiply(of["query"], z.p["gc.query.weight"], None, of["context"])
-        pairs |= {"gc.query": (of["query"], seen), "gc.value": (of["added"], value)}
+        pairs |= {"gc.query": (of["query"], contexts), "gc.value": (of["value"], queried)}
     if z.GC or z.SA:
-        context_backward[(z.images,)](x, dx, z.p.get("gc.key.weight"), z.pe, seen, below, of["added"],
-                                      of.get("context"), dpool, of.get("key"), K, z.B, **z.map)
+        context_backward[(z.images,)](x, dx, z.p.get("gc.key.weight"), z.pe, contexts, log_denominator, of["value"],
+                                      of.get("context"), dpools, of.get("key"), K, z.B, **z.maps)
 
     gradients = dict(zip((f"{name}.weight" for name in pairs), summed_products(list(pairs.values()))))
     sums = new(z.T, K)
@@ -178,9 +192,9 @@ def backward(ds: Tensor, x: Tensor, z: Neuron, pool, ps, ws, seen, below, q, add
         gradients |= {"sa.squeeze.bias": total["squeeze"], "sa.excite.bias": total["excite"]}
     if z.GC:
         gradients |= {"gc.key.weight": total["key"][None], "gc.key.bias": torch.zeros_like(z.p["gc.key.bias"]),
-                      "gc.query.bias": total["query"], "gc.value.bias": total["added"],
+                      "gc.query.bias": total["query"], "gc.value.bias": total["value"],
                       "gc.norm.weight": total["norm"], "gc.norm.bias": total["norm bias"]}
-    gradients["pe_input.weight"] = by_step["context" if z.GC else "added"]
+    gradients["pe_input.weight"] = by_step["context" if z.GC else "value"]
     gradients |= {f"pe_{place}.weight": scale * by_step[place]
                   for place, scale in (("membrane", z.leak), ("output", 1.0)) if place in by_step}
     return dx, gradients

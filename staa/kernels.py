@@ -2,9 +2,10 @@
 they hang together; what they compute stands in `attention.py`, in the order of `fused_staa.py`, whose letters these
 are.
 
-And: N positions, C channels, H hidden units, r = t B + b an image. n, c and j say which of them a program looks at, BN,
-BC and BJ how many: powers of two, and what is beyond the end is masked. `last`: whether the channels are the last axis
-in memory. K numbers lie between one image's row and the next one's where rows are part of longer ones.
+And: N positions, C channels, H hidden units, r = t B + b an image; D and J are the sizes of a matrix. n, c, j and d
+say which of them a program looks at, BN, BC, BJ and BD how many: powers of two, and what is beyond the end is masked.
+`last`: whether the channels are the last axis in memory. Images have a row each in tables (T B, width); where a table
+is part of a wider one, its rows lie K (or L) numbers apart.
 """
 
 import triton
@@ -30,12 +31,14 @@ def place(x, i, j, D, J, rows: tl.constexpr):
 
 @triton.jit
 def read(x, i, j, D, J, rows: tl.constexpr):
+    """x[i, j] of one (D, J), in float32; 0 beyond its end."""
     at, there = place(x, i, j, D, J, rows)
     return tl.load(at, mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def write(x, y, i, j, D, J, rows: tl.constexpr):
+    """x[i, j] = y, in the type of x."""
     at, there = place(x, i, j, D, J, rows)
     tl.store(at, y.to(x.dtype.element_ty), mask=there)
 
@@ -54,6 +57,7 @@ def product(x, K, w, r, count, j, D: tl.constexpr, J: tl.constexpr, BD: tl.const
 @triton.jit
 def linear(x, K, w, bias, out, L, count, D: tl.constexpr, J: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
            BJ: tl.constexpr):
+    """out (count, J) = x (count, D) w + bias."""
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     j = tl.program_id(1) * BJ + tl.arange(0, BJ)
     y = product(x, K, w, r, count, j, D, J, BD) + row(bias, 0, j, J)[None, :]
@@ -82,5 +86,5 @@ def over_batch(x, out, B, K, BR: tl.constexpr, BJ: tl.constexpr):
     t, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BJ + tl.arange(0, BJ)
     sums = tl.zeros([BR, BJ], tl.float32)
     for start in tl.range(0, B, BR, num_stages=3):
-        sums += read(x + t * B * K, start + tl.arange(0, BR), k, B, K, True)
+        sums += read(x + t * B * K, (start + tl.arange(0, BR)).to(tl.int64), k, B, K, True)
     tl.store(out + t * K + k, tl.sum(sums, 0), mask=k < K)

@@ -7,13 +7,13 @@ from .kernels import product, read, row, write
 
 
 @triton.jit
-def context(x, key, pe, mean, context, denominator, B, N: tl.constexpr, C: tl.constexpr, last: tl.constexpr,
+def context(x, key, pe, mean, contexts, log_denominator, B, N: tl.constexpr, C: tl.constexpr, last: tl.constexpr,
             GC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
     """The mean over space (T, B, C); the context + PE (T, B, C), and the logarithm of its softmax's denominator (T, B).
     Each of the BN positions has a softmax of its own until the end."""
     r, c = tl.program_id(0).to(tl.int64), tl.arange(0, BC)
     total, seen = tl.zeros([BN, BC], tl.float32), tl.zeros([BN, BC], tl.float32)
-    top, below = tl.full([BN], -1e30, tl.float32), tl.zeros([BN], tl.float32)
+    maximum, denominator = tl.full([BN], -1e30, tl.float32), tl.zeros([BN], tl.float32)
     weight = row(key, 0, c, C)[None, :]
     for start in tl.range(0, N, BN, num_stages=3):
         n = start + tl.arange(0, BN)
@@ -21,38 +21,39 @@ def context(x, key, pe, mean, context, denominator, B, N: tl.constexpr, C: tl.co
         total += y
         if GC:
             score = tl.where(n < N, tl.sum(y * weight, 1), -1e30)
-            new = tl.maximum(top, score)
-            shrink, e = tl.exp(top - new), tl.where(n < N, tl.exp(score - new), 0.0)
-            seen, below, top = seen * shrink[:, None] + y * e[:, None], below * shrink + e, new
+            higher = tl.maximum(maximum, score)
+            shrink, e = tl.exp(maximum - higher), tl.where(n < N, tl.exp(score - higher), 0.0)
+            seen, denominator, maximum = seen * shrink[:, None] + y * e[:, None], denominator * shrink + e, higher
     tl.store(mean + r * C + c, tl.sum(total, 0) / N, mask=c < C)
     if GC:
-        highest = tl.max(top, 0)
-        shrink = tl.exp(top - highest)
-        below_all = tl.sum(below * shrink, 0)
-        seen_all = tl.sum(seen * shrink[:, None], 0) / below_all
-        tl.store(context + r * C + c, seen_all + row(pe, r // B, c, C), mask=c < C)
-        tl.store(denominator + r, highest + tl.log(below_all))
+        highest = tl.max(maximum, 0)
+        shrink = tl.exp(maximum - highest)
+        denominator_all = tl.sum(denominator * shrink, 0)
+        seen_all = tl.sum(seen * shrink[:, None], 0) / denominator_all
+        tl.store(contexts + r * C + c, seen_all + row(pe, r // B, c, C), mask=c < C)
+        tl.store(log_denominator + r, highest + tl.log(denominator_all))
 
 
 @triton.jit
-def context_backward(x, dx, key, pe, context, denominator, dadded, dcontext, dmean, dkey, K, B, N: tl.constexpr,
+def context_backward(x, dx, key, pe, contexts, log_denominator, dvalue, dcontext, dmean, dkey, K, B, N: tl.constexpr,
                      C: tl.constexpr, last: tl.constexpr, GC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
     """Adds to dx what comes through the mean and the context; dkey of each image. And dcontext becomes the gradient of
-    PE, which is in the context and, as dadded, beside it."""
+    PE, which is in the context and, as dvalue, beside it."""
     r, c = tl.program_id(0).to(tl.int64), tl.arange(0, BC)
-    weight, spread = row(key, 0, c, C)[None, :], row(dmean, r, c, C)[None, :] / N
+    weight, by_mean = row(key, 0, c, C)[None, :], row(dmean, r, c, C)[None, :] / N
     if GC:
         by_context = tl.load(dcontext + r * K + c, mask=c < C, other=0.0)
-        middle = tl.sum(by_context * (row(context, r, c, C) - row(pe, r // B, c, C)), 0)  # the mean of dk, weighed by k
-        below = tl.load(denominator + r)
-        tl.store(dcontext + r * K + c, by_context + tl.load(dadded + r * K + c, mask=c < C, other=0.0), mask=c < C)
+        middle = tl.sum(by_context * (row(contexts, r, c, C) - row(pe, r // B, c, C)), 0)  # the mean of dk, by k
+        denominator = tl.load(log_denominator + r)
+        tl.debug_barrier()  # until every thread has read it
+        tl.store(dcontext + r * K + c, by_context + tl.load(dvalue + r * K + c, mask=c < C, other=0.0), mask=c < C)
     sums = tl.zeros([BN, BC], tl.float32)
     for start in range(0, N, BN):
         n = start + tl.arange(0, BN)
         y = read(x + r * N * C, n, c, N, C, last)
-        d = read(dx + r * N * C, n, c, N, C, last) + spread
+        d = read(dx + r * N * C, n, c, N, C, last) + by_mean
         if GC:
-            k = tl.exp(tl.where(n < N, tl.sum(y * weight, 1), -1e30) - below)
+            k = tl.exp(tl.where(n < N, tl.sum(y * weight, 1), -1e30) - denominator)
             dscore = k * (tl.sum(y * by_context[None, :], 1) - middle)
             d += k[:, None] * by_context[None, :] + dscore[:, None] * weight
             sums += dscore[:, None] * y
@@ -71,11 +72,11 @@ def normal_of(q, H: tl.constexpr):
 
 
 @triton.jit
-def query(context, w, b, weight, bias, q, out, count, C: tl.constexpr, H: tl.constexpr, BR: tl.constexpr,
+def query(contexts, w, b, weight, bias, q, out, count, C: tl.constexpr, H: tl.constexpr, BR: tl.constexpr,
           BD: tl.constexpr, BJ: tl.constexpr):
-    """The query q and ReLU(LN(q)), (T, B, H)."""
+    """The query q = contexts w + b, and out = ReLU(LN(q)), both (T, B, H); w (C, H)."""
     r, j = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BJ)
-    y = product(context, C, w, r, count, j, C, H, BD) + row(b, 0, j, H)[None, :]
+    y = product(contexts, C, w, r, count, j, C, H, BD) + row(b, 0, j, H)[None, :]
     at, there = r[:, None] * H + j[None, :], (r < count)[:, None] & (j < H)[None, :]
     tl.store(q + at, y, mask=there)
     y, _ = normal_of(y, H)
@@ -83,11 +84,12 @@ def query(context, w, b, weight, bias, q, out, count, C: tl.constexpr, H: tl.con
 
 
 @triton.jit
-def query_backward(dadded, K, w, weight, bias, q, out, dq, dweight, dbias, count, C: tl.constexpr, H: tl.constexpr,
+def query_backward(dvalue, K, w, weight, bias, q, out, dq, dweight, dbias, count, C: tl.constexpr, H: tl.constexpr,
                    BR: tl.constexpr, BD: tl.constexpr, BJ: tl.constexpr):
-    """dq, and for the sums over images what of it belongs to LN's weight and bias."""
+    """dq (T, B, H) from dvalue (T, B, C), and what of it belongs to LN's weight and bias, all in rows K apart; w is the
+    value's weight (C, H). out: ReLU(LN(q)) once more."""
     r, j = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BJ)
-    d = product(dadded, K, w, r, count, j, C, H, BD)
+    d = product(dvalue, K, w, r, count, j, C, H, BD)
     there = (r < count)[:, None] & (j < H)[None, :]
     normal, factor = normal_of(tl.load(q + r[:, None] * H + j[None, :], mask=there, other=0.0), H)
     slope = row(weight, 0, j, H)[None, :]

@@ -12,12 +12,19 @@ from staa import Config, cuda_graph, data, fused, resident, train
 from staa.cuda_graph import Captured
 from staa.fsta import FSTALIF
 from staa.statten import STAttenLIF
+from staa.surrogate import RECTANGLE
 from staa.variants import LeakySTAALIF
 
 if torch.cuda.is_available():
     from staa import fused_staa_gpu
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 GPU = torch.device("cuda")
+
+
+class CompiledSTAALIF(staa.STAALIF):
+    """Whose kernels are not those written by hand, since its surrogate is its own."""
+
+    surrogate = staa.Surrogate(RECTANGLE.gradient)
 
 
 def current(*shape, dtype=torch.float32, channels_last=True):
@@ -35,7 +42,7 @@ def both(neuron, x, gradient):
 
 @pytest.mark.parametrize("make", [
     staa.LIF, lambda c, T: staa.LIF(decay=0.4, gain=0.6, v_reset=-0.2), lambda c, T: staa.STAALIF(c, T, beta=0.3),
-    lambda c, T: LeakySTAALIF(c, T), FSTALIF, lambda c, T: STAttenLIF()])
+    lambda c, T: LeakySTAALIF(c, T), lambda c, T: CompiledSTAALIF(c, T), FSTALIF, lambda c, T: STAttenLIF()])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("size", [32, 4])  # the smaller ones are too small to compile for
@@ -79,9 +86,12 @@ def test_staa_by_hand_is_the_equations(shape, dtype, channels_last, monkeypatch)
     s, *gradients = both(neuron, x, gradient)
     monkeypatch.setattr(fused, "enabled", False)
     true, *expected = both(neuron, x, gradient)
-    assert called and 0.1 < true.float().mean() < 0.5 and (s != true).float().mean() < 1e-4
-    for a, b in zip(gradients, expected):
-        assert (a - b).float().norm() < 0.05 * b.float().norm() + 1e-3 * gradient.float().norm()
+    other = (s != true).float().mean()
+    assert called and 0.1 < true.float().mean() < 0.5 and other < 1e-4
+    bound = 0.05 if other else 1e-2 if dtype == torch.bfloat16 else 1e-4
+    for (name, _), a, b in zip([("x", x), *neuron.named_parameters()], gradients, expected):
+        if name != "gc.key.bias":  # 0, by rounding alone it is not
+            assert (a - b).float().norm() <= bound * b.float().norm() + 1e-5, name
 
 
 def spy(function, called):

@@ -1,0 +1,64 @@
+"""Compiles the kernels of `fused_staa_gpu` for an H200, on a machine without one: python h200.py. Types, shapes and
+layouts are checked by that, which Triton's interpreter is lenient about. Prints each kernel's name.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from staa import fused_staa, fused_staa_gpu
+from staa.attention import STAALIF
+
+NAMES = ("context", "query", "linear", "steps", "steps_backward", "query_backward", "context_backward", "over_images",
+         "over_batch")
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.bool: "*i1"}
+
+
+def compiled(kernel, arguments, settings):
+    """As a launch would: None and 1 are compiled in, and it is known what 16 divides."""
+    warps = settings.pop("num_warps", 4)
+    given = dict(zip(kernel.arg_names, arguments)) | settings
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value, always = given[parameter.name], parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not always):
+            signature[parameter.name], constants[i,] = "constexpr", value
+            continue
+        kind = TYPES[value.dtype] if isinstance(value, Tensor) else "i32" if isinstance(value, int) else "fp32"
+        signature[parameter.name] = kind
+        if kind[0] == "*" or kind == "i32" and value % 16 == 0 and not always:
+            attributes[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+
+class Launcher:
+    def __init__(self, name):
+        self.name, self.kernel = name, getattr(fused_staa_gpu, name)
+
+    def launch(self, arguments, settings):
+        assert compiled(self.kernel, arguments, settings).asm["cubin"]
+        print(self.name)
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **settings: self.launch(arguments, settings)
+
+
+def main():
+    for name in NAMES:
+        setattr(fused_staa_gpu, name, Launcher(name))
+    for C, size, T, dtype, settings in ((64, 32, 2, torch.bfloat16, {}), (96, 7, 3, torch.float32, {"pe_place": "both"}),
+                                        (16, 40, 9, torch.bfloat16, {"sa": False}), (32, 8, 4, torch.float32, {"gc": False})):
+        neuron = STAALIF(C, T, **settings)
+        x = torch.zeros(T * 3, C, size, size, dtype=dtype).unflatten(0, (T, 3))
+        y = fused_staa.as_it_lies(x, -1)
+        parameters = {name: p.detach().view(p.shape[:2]) for name, p in neuron.named_parameters()}
+        z = fused_staa_gpu.Neuron(y, -1, torch.ones(T, dtype=torch.bool), (2.0, *neuron.numbers()), False, parameters)
+        _, saved = fused_staa_gpu.forward(y, z)
+        fused_staa_gpu.backward(y, y, z, *saved)
+
+
+if __name__ == "__main__":
+    main()
