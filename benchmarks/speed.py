@@ -25,7 +25,7 @@ from staa.statten import STAttenLIF
 from staa.surrogate import rectangle
 
 #: Currents (T, B, C, H, W); on a GPU larger ones, or their time is that of the Python around them. Of many time steps a
-#: GPU computes LIF only: it compiles STAA for minutes.
+#: GPU computes LIF only: what is compiled of the others takes minutes.
 SHAPES = {"cpu": [(4, 32, 64, 32, 32), (16, 8, 64, 32, 32)], "cuda": [(4, 2048, 64, 32, 32), (16, 512, 64, 32, 32)]}
 TYPES = {"cpu": [torch.float32], "cuda": [torch.float32, torch.bfloat16]}
 BATCH = {"cpu": 32, "cuda": 128}  # of the networks

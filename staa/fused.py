@@ -1,12 +1,13 @@
 """When and how a neuron takes the fast path. What neurons compute stands in `neuron.py` and `attention.py`;
 `fused_lif.py` and `fused_staa.py` only compute it faster, and are tested against them.
 
-A neuron is limited by memory traffic: of a large current nothing is kept for the backward pass but the current itself,
-and the membrane potential is computed anew. There are two ways: the equations compiled (Inductor, Triton); and, where
-there is no compiler or a current is too small to compile for, operators in place. (One difference: where a potential is
-NaN or infinite, it and its gradients are NaN after the reset in the equations, and may be 0 here.)
+A neuron is limited by memory traffic: for the backward pass of a large current the membrane potential is not kept, but
+computed anew. There are three ways: the equations compiled (Inductor, Triton); for the STAA neuron on a GPU, kernels
+written by hand; and, where there is no compiler or a current is too small to compile for, operators in place. (One
+difference: where a potential is NaN or infinite, it and its gradients are NaN after the reset in the equations, and may
+be 0 here.)
 
-`staa.fused.enabled = False`, or STAA_FUSED=0 in the environment, switches both off. Membrane potentials are float32 for
+`staa.fused.enabled = False`, or STAA_FUSED=0 in the environment, switches all off. Membrane potentials are float32 for
 currents of lower precision, and of the current's type otherwise.
 """
 
@@ -25,7 +26,7 @@ from .settings import reason
 enabled = os.environ.get("STAA_FUSED", "1").lower() not in ("0", "false", "off", "no")
 
 #: Elements, of at most 64 channels, from which a current is worth the seconds that compiling takes: once per process,
-#: and for STAA on a GPU once for each size of a feature map.
+#: and on a GPU once for each size of a feature map.
 WORTH_COMPILING = 2 ** 21
 
 

@@ -220,10 +220,10 @@ def full_settings(neuron: str, settings: dict) -> dict | None:
 
 
 def training(record: Record) -> str:
-    """What was trained, in a few words; the optimizer where it is not SGD."""
-    c = LATER | record.config
-    images = f"{record.outcome['train_images']:,} images" + ", AdamW" * (c["optimizer"] == "adamw")
-    return f"{c['epochs']} epochs, width {c['width']:g}, {images}"
+    """What was trained, in a few words; where it is not SGD in float32 without warm-up, that too."""
+    c, images = LATER | record.config, record.outcome["train_images"]
+    names = {"AdamW": c["optimizer"] == "adamw", "bf16": c["precision"] == "bf16", "warm-up": c["warmup_epochs"]}
+    return ", ".join([f"{c['epochs']} epochs, width {c['width']:g}, {images:,} images", *filter(names.get, names)])
 
 
 def trained_on(runs: list[Record]) -> str:

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -182,7 +183,8 @@ def test_the_readmes_sentences_on_full_width_networks_are_those_of_the_records()
     """Each of one seed; all that differs between the two trainings is the neuron."""
     from staa import records
 
-    runs = [run for run in records.vouched() if run.config["width"] == 1 and run.config["dataset"] == "cifar10"]
+    wide = {"width": 1, "dataset": "cifar10", "epochs": 24, "seed": 0, "network": "resnet20"}
+    runs = [run for run in records.vouched() if wide.items() <= run.config.items()]
     staa, lif = sorted(runs, key=lambda run: run.config["neuron"], reverse=True)
     differ = {key for key in staa.config if staa.config[key] != lif.config[key]}
     assert differ == {"neuron", "neuron_settings"} and staa.config["epochs"] == 24 and not staa.config["train_images"]
@@ -192,3 +194,14 @@ def test_the_readmes_sentences_on_full_width_networks_are_those_of_the_records()
     more = staa.outcome["parameters"] / lif.outcome["parameters"] - 1
     assert f"STAA has {100 * more:.0f} % more parameters" in text
     assert "STAA in {:.0f} s, LIF in {:.0f} s".format(*(run.provenance["seconds"] for run in (staa, lif))) in text
+    assert "takes {:.1f} s with LIF and {:.1f} s with STAA".format(
+        *(statistics.median(run.provenance["seconds_per_epoch"][-10:]) for run in (lif, staa))) in text
+    assert f"{staa.accuracy} to {lif.accuracy} %" in (ROOT / "notebooks" / "leak.ipynb").read_text()
+
+
+def test_the_readmes_times_of_a_gpu_are_those_measured():
+    step = json.loads((ROOT / "benchmarks" / "step-cuda.json").read_text())["steps"]["128"]
+    graph, single = step["one graph"], step["kernel by kernel"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert (f"takes {graph['STAA']['median']:.0f} ms a step then, {single['STAA']['median']:.0f} ms where Python launches the "
+            f"kernels one by one, and {single['STAA, reference']['median']:.0f} ms by the equations as they stand") in text
