@@ -37,8 +37,8 @@ def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers:
     if torch.compiler.is_compiling():                                             # the reader's own network
         s = equations(y, space, kept, numbers, leaky, surrogate, parameters)
     elif compiles(x, x.shape[2]) and is_by_hand(x, surrogate, parameters):
-        from .fused_staa_gpu import ByHand  # Triton, which is not everywhere
-        s = ByHand.apply(y, space, kept, numbers, leaky, tuple(parameters), *parameters.values())
+        from .fused_staa_gpu import by_hand  # Triton, which is not everywhere
+        s = by_hand(y, space, kept, numbers, leaky, parameters)
     elif compiles(x, x.shape[2]):
         kept = torch.ones(len(x), dtype=torch.bool, device=x.device) if kept is None else kept  # one graph for both
         s = _Compiled.apply(y, space, kept, numbers, leaky, surrogate, tuple(parameters), *parameters.values())

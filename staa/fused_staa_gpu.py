@@ -38,10 +38,14 @@ UNROLLED = 8
 IMAGES, PARTS = 64, 8
 
 
-class ByHand(torch.autograd.Function):
-    """Spikes for the current x as it lies. For the backward pass it is kept itself; of each image and channel five
-    numbers, of each image C / r and one more; and the weights."""
+def by_hand(x: Tensor, space: int, kept: Tensor | None, numbers: tuple, leaky: bool,
+            parameters: dict[str, Tensor]) -> Tensor:
+    """Spikes for the current x as it lies; the rest is as in `fused_staa.equations`. For the backward pass x is kept
+    itself; of each image and channel five numbers, of each image C / r and one more; and the weights."""
+    return _ByHand.apply(x, space, kept, numbers, leaky, tuple(parameters), *parameters.values())
 
+
+class _ByHand(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, space, kept, numbers, leaky, names, *values):
         with on(x.device):

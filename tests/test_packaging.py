@@ -130,6 +130,7 @@ def test_the_readmes_sentences_on_results_are_those_of_the_records():
     from staa import experiments, records, stats, studies, tables
 
     text = " ".join((ROOT / "README.md").read_text().split())
+
     def narrow(setups, measure):  # of a quarter of the width
         return {found[0].config["epochs"]: measure(found) for found in setups.values() if found[0].config["width"] == 0.25}
 
