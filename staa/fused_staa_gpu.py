@@ -77,7 +77,7 @@ class Neuron:
 
     def __init__(self, x: Tensor, space: int, kept: Tensor | None, numbers: tuple, leaky: bool,
                  parameters: dict[str, Tensor]):
-        self.p, self.kept = parameters, kept
+        self.p, self.kept, self.device = parameters, kept, x.device
         last = space == -2
         T, B, N, C = x.shape if last else (*x.shape[:2], x.shape[3], x.shape[2])
         self.T, self.B, self.images, self.C = T, B, T * B, C
@@ -102,13 +102,17 @@ class Neuron:
         self.parts = triton.cdiv(N, span)
         common = dict(last=last, SA=self.SA, leaky=leaky, whole=self.whole, N=N, C=C, H=self.H, span=span,
                          parts=self.parts, BN=BN, BC=BC,
-                      BP=min(triton.next_power_of_2(self.parts), max(TILE // BC, 1)))
+                         BP=min(triton.next_power_of_2(self.parts), max(TILE // BC, 1)))
         BJ, of_tile = max(WEIGHTS // BC, 1), BN * BC // 2048
         self.steps_backward = common | dict(BJ=min(BJ, units), num_warps=warps(of_tile))
         self.steps = self.steps_backward if BC < WIDE else common | dict(BJ=min(2 * BJ, units), num_warps=16)
         self.maps = dict(last=last, GC=self.GC, N=N, C=C, BN=min(everywhere, max(IMAGE_TILE // BC, 1)), BC=BC)
         BQ = max(triton.next_power_of_2(self.Q), 16)
         self.queries = dict(C=C, H=self.Q, BR=16, BD=max(min(BC, 8192 // BQ, 64), 16), BJ=BQ, num_warps=warps(BQ // 16))
+
+    def new(self, *shape: int) -> Tensor:
+        """An empty tensor in float32."""
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def launches(self) -> list[tuple[int, int, int | None]]:
         """The time steps of each launch, from the first up to the second; and how many the compiler is to know."""
@@ -129,22 +133,19 @@ def warps(wanted: int) -> int:
 
 def forward(x: Tensor, z: Neuron) -> tuple[Tensor, tuple]:
     """Spikes, as x lies, and what the backward pass needs."""
-    def new(*shape):
-        return x.new_empty(shape, dtype=torch.float32)
-
-    pools, ps, ws, mean, contexts, log_denominator = *(new(z.images, z.C) for _ in range(5)), new(z.images)
+    pools, ps, ws, mean, contexts, log_denominator = *(z.new(z.images, z.C) for _ in range(5)), z.new(z.images)
     q = value = excite = None
     if z.GC or z.SA:
         context[(z.images,)](x, z.p.get("gc.key.weight"), z.pe, mean, contexts, log_denominator, z.B, **z.maps)
     if z.GC:
-        q, queried, value = new(z.images, z.Q), new(z.images, z.Q), new(z.images, z.C)
+        q, queried, value = z.new(z.images, z.Q), z.new(z.images, z.Q), z.new(z.images, z.C)
         query[(triton.cdiv(z.images, 16),)](
             contexts, z.p["gc.query.weight"].mT.contiguous(), z.p["gc.query.bias"], z.p["gc.norm.weight"],
             z.p["gc.norm.bias"], q, queried, z.images, **z.queries)
         multiply(queried, z.p["gc.value.weight"].mT.contiguous(), z.p["gc.value.bias"], value)
     if z.SA:
         excite = z.p["sa.excite.weight"].mT.contiguous()
-    s, part = torch.empty_like(x), new(z.T, z.B, z.parts, z.C)
+    s, part = torch.empty_like(x), z.new(z.T, z.B, z.parts, z.C)
     for start, stop, unrolled in z.launches():
         steps[(z.B, z.parts)](
             x, s, mean, value, ps, ws, pools, part, z.pe, z.pe_membrane, z.pe_output, z.kept,
@@ -156,19 +157,16 @@ def forward(x: Tensor, z: Neuron) -> tuple[Tensor, tuple]:
 def backward(ds: Tensor, x: Tensor, z: Neuron, pools, ps, ws, contexts, log_denominator, q, value,
              excite) -> tuple[Tensor, dict[str, Tensor]]:
     """The gradients of x, and of the parameters by their names."""
-    def new(*shape):
-        return x.new_empty(shape, dtype=torch.float32)
-
     # What is summed over images lies side by side, one row an image.
     widths = {"excite": z.C, "value": z.C, "squeeze": z.H}
     if z.GC:
         widths |= {"context": z.C, "key": z.C, "query": z.Q, "norm": z.Q, "norm bias": z.Q}
     widths |= {place: z.C for place in ("membrane", "output") if f"pe_{place}.weight" in z.p}
-    rows = new(z.images, sum(widths.values()))
+    rows = z.new(z.images, sum(widths.values()))
     K, of = rows.shape[1], dict(zip(widths, rows.split(list(widths.values()), 1)))
 
-    dx, squeezed, dpools = torch.empty_like(x), new(z.images, z.H), new(z.images, z.C) if z.SA else None
-    dhm, part = (None, None) if z.whole else (new(*x.shape[1:]), new(2, z.T, z.B, z.parts, z.C))
+    dx, squeezed, dpools = torch.empty_like(x), z.new(z.images, z.H), z.new(z.images, z.C) if z.SA else None
+    dhm, part = (None, None) if z.whole else (z.new(*x.shape[1:]), z.new(2, z.T, z.B, z.parts, z.C))
     for start, stop, unrolled in z.launches_backward():
         steps_backward[(z.B, z.parts if stop else 1)](
             ds, x, dx, dhm, value, ps, ws, pools, part, squeezed, dpools, of["excite"], of["value"], of["squeeze"],
@@ -177,7 +175,7 @@ def backward(ds: Tensor, x: Tensor, z: Neuron, pools, ps, ws, contexts, log_deno
             start, stop, unrolled, **z.steps_backward)
     pairs = {"sa.squeeze": (of["squeeze"], pools), "sa.excite": (of["excite"], squeezed)} if z.SA else {}
     if z.GC:
-        queried = new(z.images, z.Q)
+        queried = z.new(z.images, z.Q)
         query_backward[(triton.cdiv(z.images, 16),)](
             of["value"], K, z.p["gc.value.weight"], z.p["gc.norm.weight"], z.p["gc.norm.bias"], q, queried, of["query"],
             of["norm"], of["norm bias"], z.images, **z.queries)
@@ -188,7 +186,7 @@ def backward(ds: Tensor, x: Tensor, z: Neuron, pools, ps, ws, contexts, log_deno
                                       of.get("context"), dpools, of.get("key"), K, z.B, **z.maps)
 
     gradients = dict(zip((f"{name}.weight" for name in pairs), summed_products(list(pairs.values()))))
-    sums = new(z.T, K)
+    sums = z.new(z.T, K)
     over_batch[(z.T, triton.cdiv(K, 32))](rows, sums, z.B, K, BR=64, BJ=32)
     by_step = dict(zip(widths, sums.split(list(widths.values()), 1)))
     total = dict(zip(widths, sums.sum(0).split(list(widths.values()))))

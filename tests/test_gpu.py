@@ -230,8 +230,7 @@ def test_what_is_not_by_hand(neuron, x):
 
 
 def test_by_hand_keeps_the_current_and_some_numbers_of_each_image(launches):
-    """5 C + C / r + 1 numbers, and SA's weights turned round; as small as that: every neuron of the networks has more
-    positions than 5, but for the last four of CIFAR's."""
+    """5 C + C / r + 1 numbers of each, and besides the parameters SA's second weight once more, turned round."""
     neuron, kept = STAALIF(16, 3), {}
 
     def pack(tensor):
