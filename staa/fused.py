@@ -2,10 +2,10 @@
 `fused_lif.py` and `fused_staa.py` only compute it faster, and are tested against them.
 
 A neuron is limited by memory traffic: for the backward pass of a large current the membrane potential is not kept, but
-computed anew. There are three ways: the equations compiled (Inductor, Triton); for the STAA neuron on a GPU, kernels
-written by hand; and, where there is no compiler or a current is too small to compile for, operators in place. (One
-difference: where a potential is NaN or infinite, it and its gradients are NaN after the reset in the equations, and may
-be 0 here.)
+computed anew. There are three ways: the equations compiled (Inductor, Triton); for the LIF and the STAA neuron on a
+GPU, with the paper's surrogate, kernels written by hand; and, where there is no compiler or a current is too small to
+compile for, operators in place. (One difference: where a potential is NaN or infinite, it and its gradients are NaN
+after the reset in the equations, and may be 0 here.)
 
 `staa.fused.enabled = False`, or STAA_FUSED=0 in the environment, switches all off. Membrane potentials are float32 for
 currents of lower precision, and of the current's type otherwise.
@@ -17,6 +17,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +56,26 @@ def compiler(device: str) -> bool:
     """Whether torch.compile works here; one warning where it does not."""
     # It would say on stderr that there is a CUDA toolkit and no GPU, which is irrelevant on a CPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    return works("torch.compile", lambda: torch.compile(lambda x: x + 1)(torch.zeros(2, device=device)))
+
+
+@functools.cache
+def triton(device: str) -> bool:
+    """Whether a kernel written by hand works here; the same warning. torch.compile takes seconds more to find out."""
+    def launch():
+        from .kernels import over_batch  # Triton is not everywhere
+        x = torch.zeros(1, 1, 16, device=device)
+        over_batch[(1, 1)](x, torch.empty_like(x), 1, 16, BR=16, BJ=16)
+    return works("Triton", launch)
+
+
+def works(what: str, attempt: Callable) -> bool:
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+        attempt()
         return True
     except Exception as error:
         why = f"the path of torch has a space, {torch.__path__[0]}" if " " in torch.__path__[0] else reason(error)
-        warnings.warn(f"torch.compile does not work here ({why}): the neurons run without it, more slowly.")
+        warnings.warn(f"{what} does not work here ({why}): the neurons run without it, more slowly.")
         return False
 
 
@@ -110,6 +125,11 @@ def bare_tensor(x: Tensor) -> Tensor:
 def on_gpu(x: Tensor) -> bool:
     """Whether x is compiled for as on a GPU; tests answer it themselves, to run a GPU's kernels without one."""
     return x.is_cuda
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def membrane_type(x: Tensor) -> torch.dtype:

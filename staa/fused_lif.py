@@ -19,6 +19,7 @@ from .fused import (
     first_derivative,
     flat,
     is_channels_last,
+    is_large,
     lazy_compile,
     membrane_type,
 )
@@ -32,10 +33,15 @@ class _LIF(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, numbers: tuple, surrogate: Surrogate):
         ctx.save_for_backward(x)
-        ctx.numbers, ctx.surrogate, ctx.last, ctx.compiles = numbers, surrogate, is_channels_last(x), compiles(x)
+        ctx.numbers, ctx.surrogate, ctx.last = numbers, surrogate, is_channels_last(x)
+        ctx.by_hand = is_large(x) and written_by_hand(x, surrogate)
+        ctx.compiles = not ctx.by_hand and compiles(x)
         s = empty_for_rows(x, ctx.last)
         rows, s_rows = flat(x, ctx.last), flat(s, ctx.last)
-        if ctx.compiles:
+        if ctx.by_hand:
+            from . import fused_lif_gpu  # Triton, which is not everywhere
+            fused_lif_gpu.forward(rows, s_rows, *numbers)
+        elif ctx.compiles:
             _lif(sixteens(rows), rows_of(sixteens(s_rows)), *as_compiled(numbers, x), surrogate)
         else:
             _lif_sliced(rows, s_rows, surrogate, *numbers)
@@ -47,7 +53,10 @@ class _LIF(torch.autograd.Function):
         x, = ctx.saved_tensors
         dx = empty_for_rows(x, ctx.last)
         rows, ds, dx_rows = flat(x, ctx.last), flat(grad, ctx.last), flat(dx, ctx.last)
-        if ctx.compiles:
+        if ctx.by_hand:
+            from . import fused_lif_gpu
+            fused_lif_gpu.backward(rows, ds, dx_rows, *ctx.numbers)
+        elif ctx.compiles:
             rows, ds, dx_rows = map(sixteens, (rows, ds, dx_rows))
             _lif_backward(rows, ds, rows_of(dx_rows), *as_compiled(ctx.numbers, x), ctx.surrogate)
         else:
@@ -58,6 +67,11 @@ class _LIF(torch.autograd.Function):
 def lif(x: Tensor, numbers: tuple, surrogate: Surrogate) -> Tensor:
     """Spikes of the plain neuron for the current x (T, B, ...). numbers: those of `LIF.numbers`."""
     return _LIF.apply(x, numbers, surrogate)
+
+
+def written_by_hand(x: Tensor, surrogate: Surrogate) -> bool:
+    """Whether there are kernels for it, and they work: on a GPU, with the paper's surrogate, in float32 or less."""
+    return fused.on_gpu(x) and surrogate is RECTANGLE and x.dtype != torch.float64 and fused.triton(x.device.type)
 
 
 def as_compiled(numbers: tuple, x: Tensor) -> tuple[Tensor, bool]:

@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from . import fused
 from .fused import compiles, constants, first_derivative, is_channels_last, is_large, lazy_compile, membrane_type
-from .fused_lif import fire, fire_backward_in_place, reset
-from .surrogate import RECTANGLE, Surrogate
+from .fused_lif import fire, fire_backward_in_place, reset, written_by_hand
+from .surrogate import Surrogate
 
 
 def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers: tuple, leaky: bool,
@@ -36,7 +35,7 @@ def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers:
     y = as_it_lies(x, space)
     if torch.compiler.is_compiling():                                             # the reader's own network
         s = equations(y, space, kept, numbers, leaky, surrogate, parameters)
-    elif compiles(x, x.shape[2]) and is_by_hand(x, surrogate, parameters):
+    elif is_large(x, x.shape[2]) and is_by_hand(x, surrogate, parameters):
         from .fused_staa_gpu import by_hand  # Triton, which is not everywhere
         s = by_hand(y, space, kept, numbers, leaky, parameters)
     elif compiles(x, x.shape[2]):
@@ -51,13 +50,13 @@ def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers:
 
 
 def is_by_hand(x: Tensor, surrogate: Surrogate, parameters: dict[str, Tensor]) -> bool:
-    """Whether `fused_staa_gpu` computes x: on a GPU, with the paper's surrogate, in float32 or less; a row of weights
-    has to fit into registers. It is handed addresses, so what does not fit together is left to torch, which says so."""
+    """Whether `fused_staa_gpu` computes x: as the plain neuron, and where a row of weights fits into registers. It is
+    handed addresses, so what does not fit together is left to torch, which says so."""
     T, _, C = x.shape[:3]
     widest = max([C, *(2 * len(p) for name, p in parameters.items() if name == "gc.query.bias")])
     fits = all(type(p) in (Tensor, nn.Parameter) and p.device == x.device
                and (not name.startswith("pe") or p.shape == (T, C)) for name, p in parameters.items())
-    return fused.on_gpu(x) and surrogate is RECTANGLE and x.dtype != torch.float64 and widest <= 1024 and fits
+    return written_by_hand(x, surrogate) and widest <= 1024 and fits
 
 
 def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, leaky: bool,

@@ -15,13 +15,11 @@ anew. Sums over images are the same in every run: there is no atomic operation. 
 rounded twice, once before what comes through the means is added.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import triton
 from torch import Tensor
 
-from .fused import first_derivative
+from .fused import first_derivative, on
 from .kernels import linear, over_batch, over_images
 from .kernels_gc import context, context_backward, query, query_backward
 from .kernels_steps import steps, steps_backward
@@ -64,11 +62,6 @@ class _ByHand(torch.autograd.Function):
             neuron = Neuron(x, space, kept, numbers, leaky, dict(zip(names, values)))
             dx, gradients = backward(ds.contiguous(), x, neuron, *saved)
         return dx, *[None] * 5, *[gradients[name] for name in names]
-
-
-def on(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current GPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Neuron:

@@ -44,6 +44,13 @@ def write(x, y, i, j, D, J, rows: tl.constexpr):
 
 
 @triton.jit
+def fire_backward(u, ds, dhm, v_th, v_reset, a):
+    """dU from dS and dHm: eqs. 2, 3 and 5."""
+    through = tl.where(tl.abs(u - v_th) <= a / 2, (ds + dhm * (v_reset - u)) / a, 0.0)
+    return through + tl.where(u >= v_th, 0.0, dhm)
+
+
+@triton.jit
 def product(x, K, w, r, count, j, D: tl.constexpr, J: tl.constexpr, BD: tl.constexpr):
     """x w (BR, BJ) of rows r of x (count, D), which lie K numbers apart, and a matrix w (D, J)."""
     out = tl.zeros([r.shape[0], j.shape[0]], tl.float32)

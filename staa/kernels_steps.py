@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from .kernels import read, row, write
+from .kernels import fire_backward, read, row, write
 
 
 @triton.jit
@@ -209,8 +209,8 @@ def steps_backward(ds, x, dx, dhm, value, ps, ws, pools, part, squeezed, dpools,
                 d += by_mean[None, :]
                 if leaky:
                     d *= leak
-                du = tl.where(tl.abs(u - v_th) <= a / 2, (ds_t + d * (v_reset - u)) / a, 0.0)  # eq. 5
-                du = tl.where((n < N)[:, None] & (c < C)[None, :], du + tl.where(u >= v_th, 0.0, d), 0.0)
+                du = fire_backward(u, ds_t, d, v_th, v_reset, a)
+                du = tl.where((n < N)[:, None] & (c < C)[None, :], du, 0.0)
                 dp_tile += du * (hm - y)
                 du_tile += du
                 write(dx + r * N * C, weight_of_x(p, total, keep)[None, :] * du, n, c, N, C, last)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .attention import STAALIF
 from .fsta import FSTALIF
 from .neuron import LIF
+from .pooling import AvgPool2d
 from .settings import ConfigError, one_of, reason, settings_of, typed
 
 #: Neurons by name. A new one is added here: any module built as `neuron(channels, T=T, **settings)`.
@@ -98,7 +99,7 @@ class BasicBlock(nn.Module):
         if stride == 1 and c_in == c_out:
             self.shortcut: nn.Module = nn.Identity()
         elif pool_shortcut:
-            self.shortcut = Steps(nn.AvgPool2d(stride, ceil_mode=True), conv1x1(c_in, c_out), nn.BatchNorm2d(c_out))
+            self.shortcut = Steps(AvgPool2d(stride, ceil_mode=True), conv1x1(c_in, c_out), nn.BatchNorm2d(c_out))
         else:
             self.shortcut = Steps(conv1x1(c_in, c_out, stride), nn.BatchNorm2d(c_out))
 
@@ -123,7 +124,7 @@ class ResNet(SpikingNetwork):
         if stem == "three":
             for _ in range(2):
                 layers += [Steps(conv3x3(c, c), nn.BatchNorm2d(c)), self.neuron(c)]
-            layers += [Steps(nn.AvgPool2d(2))]
+            layers += [Steps(AvgPool2d(2))]
         self.stem = nn.Sequential(*layers)
         self.stages = nn.Sequential()
         for n, c_out, stride in zip(blocks, channels, strides):
@@ -148,7 +149,7 @@ class VGG(SpikingNetwork):
                 self.stages.append(Steps(conv3x3(c, c_out), nn.BatchNorm2d(c_out)))
                 self.stages.append(self.neuron(c_out))
                 c = c_out
-            self.stages.append(Steps(nn.AvgPool2d(2)))
+            self.stages.append(Steps(AvgPool2d(2)))
         self.head = nn.Linear(c, num_classes)
 
     def features(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compiles the kernels of `fused_staa_gpu` for an H200, on a machine without one: python h200.py. Types, shapes and
+"""Compiles the kernels written by hand for an H200, on a machine without one: python h200.py. Types, shapes and
 layouts are checked by that, which Triton's interpreter is lenient about. Prints each kernel's name.
 """
 
@@ -8,17 +8,19 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from staa import fused_staa, fused_staa_gpu
+from staa import fused_lif_gpu, fused_staa, fused_staa_gpu, kernels_pool, pooling
 from staa.attention import STAALIF
 
-NAMES = ("context", "query", "linear", "steps", "steps_backward", "query_backward", "context_backward", "over_images",
-         "over_batch")
+#: The kernels, by the module that is asked for them.
+BY_HAND = {fused_lif_gpu: ("lif", "lif_backward"), kernels_pool: ("pool", "pool_backward"),
+           fused_staa_gpu: ("context", "query", "linear", "steps", "steps_backward", "query_backward", "context_backward",
+                            "over_images", "over_batch")}
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.bool: "*i1"}
 
 
 def compiled(kernel, arguments, settings):
     """As a launch would: None and 1 are compiled in, and it is known what 16 divides."""
-    warps = settings.pop("num_warps", 4)
+    options = {"num_warps": 4} | {name: settings.pop(name) for name in ("num_warps", "enable_fp_fusion") if name in settings}
     given = dict(zip(kernel.arg_names, arguments)) | settings
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
@@ -31,12 +33,12 @@ def compiled(kernel, arguments, settings):
         if kind[0] == "*" or kind == "i32" and value % 16 == 0 and not always:
             attributes[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 class Launcher:
-    def __init__(self, name):
-        self.name, self.kernel = name, getattr(fused_staa_gpu, name)
+    def __init__(self, module, name):
+        self.name, self.kernel = name, getattr(module, name)
 
     def launch(self, arguments, settings):
         assert compiled(self.kernel, arguments, settings).asm["cubin"]
@@ -47,8 +49,18 @@ class Launcher:
 
 
 def main():
-    for name in NAMES:
-        setattr(fused_staa_gpu, name, Launcher(name))
+    for module, names in BY_HAND.items():
+        for name in names:
+            setattr(module, name, Launcher(module, name))
+    for T, dtype in ((1, torch.float32), (4, torch.bfloat16), (18, torch.float32)):
+        x = torch.zeros(T, 99, dtype=dtype)
+        fused_lif_gpu.forward(x, x, 0.25, 1, 1, 0, 1)
+        fused_lif_gpu.backward(x, x, x, 0.25, 1, 1, 0, 1)
+    for shape, dtype in (((3, 64, 8, 6), torch.bfloat16), ((2, 5, 4, 4), torch.float32)):
+        x = torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        y = pooling.AvgPool2d(2)(x)
+        pooling.launch(kernels_pool.pool, x, y, 2, y.shape)
+        pooling.launch(kernels_pool.pool_backward, y, x, 2, y.shape)
     for C, size, T, dtype, settings in ((64, 32, 2, torch.bfloat16, {}), (96, 7, 3, torch.float32, {"pe_place": "both"}),
                                         (16, 40, 9, torch.bfloat16, {"sa": False}), (32, 8, 4, torch.float32, {"gc": False})):
         neuron = STAALIF(C, T, **settings)

@@ -11,20 +11,25 @@ import staa
 from staa import Config, cuda_graph, data, fused, resident, train
 from staa.cuda_graph import Captured
 from staa.fsta import FSTALIF
+from staa.pooling import AvgPool2d
 from staa.statten import STAttenLIF
 from staa.surrogate import RECTANGLE
 from staa.variants import LeakySTAALIF
 
 if torch.cuda.is_available():
-    from staa import fused_staa_gpu
+    from staa import fused_lif_gpu, fused_staa_gpu
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 GPU = torch.device("cuda")
 
 
-class CompiledSTAALIF(staa.STAALIF):
+class CompiledLIF(staa.LIF):
     """Whose kernels are not those written by hand, since its surrogate is its own."""
 
     surrogate = staa.Surrogate(RECTANGLE.gradient)
+
+
+class CompiledSTAALIF(staa.STAALIF):
+    surrogate = CompiledLIF.surrogate
 
 
 def current(*shape, dtype=torch.float32, channels_last=True):
@@ -42,7 +47,8 @@ def both(neuron, x, gradient):
 
 @pytest.mark.parametrize("make", [
     staa.LIF, lambda c, T: staa.LIF(decay=0.4, gain=0.6, v_reset=-0.2), lambda c, T: staa.STAALIF(c, T, beta=0.3),
-    lambda c, T: LeakySTAALIF(c, T), lambda c, T: CompiledSTAALIF(c, T), FSTALIF, lambda c, T: STAttenLIF()])
+    lambda c, T: LeakySTAALIF(c, T), lambda c, T: CompiledLIF(), lambda c, T: CompiledSTAALIF(c, T), FSTALIF,
+    lambda c, T: STAttenLIF()])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("size", [32, 4])  # the smaller ones are too small to compile for
@@ -66,6 +72,37 @@ def test_fast_path_is_the_equations(size, make, dtype, channels_last, monkeypatc
         for a, b in zip(gradients, expected):
             assert (a - b).norm() <= 1e-9 * (b.norm() + 1)
     assert (gradients[0] - expected[0]).float().norm() < 0.05 * expected[0].float().norm()
+
+
+@pytest.mark.parametrize("shape", [(4, 128, 64, 16, 16), (16, 33, 64, 16, 16), (9, 33, 96, 7, 9), (1, 16, 64, 32, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, dict(decay=0.4, gain=0.6, v_reset=-0.2, v_th=0.8, a=0.7)])
+def test_lif_by_hand_is_the_equations(shape, dtype, settings, monkeypatch):
+    """Its products and sums are rounded as theirs are, so that no spike differs."""
+    neuron, x = staa.LIF(**settings), current(*shape, dtype=dtype)
+    gradient = torch.randn_like(x)
+    called = []
+    monkeypatch.setattr(fused_lif_gpu, "launch", spy(fused_lif_gpu.launch, called))
+    monkeypatch.setattr(fused, "WORTH_COMPILING", 0)
+    s, dx = both(neuron, x, gradient)
+    monkeypatch.setattr(fused, "enabled", False)
+    true, expected = both(neuron, x, gradient)
+    assert len(called) == 2 and torch.equal(s, true) and 0.1 < true.float().mean() < 0.5
+    bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    assert (dx - expected).float().norm() <= bound * expected.float().norm()
+
+
+@pytest.mark.parametrize("shape, K", [((512, 64, 32, 32), 2), ((128, 256, 4, 4), 2), ((33, 96, 6, 9), 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_average_pooling_by_hand_is_torchs(shape, K, dtype, monkeypatch):
+    monkeypatch.setattr(fused, "WORTH_COMPILING", 0)
+    x = torch.randn(shape, device=GPU).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    pool = AvgPool2d(K)
+    assert pool.is_by_hand(x)
+    y, expected = pool(x), F.avg_pool2d(x, K)
+    gradient = torch.randn_like(y)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(out, x, gradient)[0] for out in (y, expected)))
 
 
 @pytest.mark.parametrize("shape", [(4, 128, 64, 16, 16), (4, 128, 128, 8, 8), (4, 128, 256, 4, 4), (4, 128, 512, 2, 2),

@@ -7,17 +7,23 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from torch import nn
 
+import staa
 from staa import fused, fused_lif, fused_staa
 from staa.attention import STAALIF
 from staa.fsta import FSTALIF
 from staa.neuron import LIF
+from staa.pooling import AvgPool2d
 from staa.statten import STAttenLIF
 from staa.surrogate import RECTANGLE, Surrogate
 from staa.variants import LeakySTAALIF
 
 pytest.importorskip("triton", reason="Triton is not there, as on a Mac")
 import gpu  # noqa: E402
+from h200 import BY_HAND  # noqa: E402
+
+from staa import fused_lif_gpu  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which does not run in an interpreter")
 
@@ -28,7 +34,8 @@ def on_gpu(monkeypatch):
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **settings: compile(function, backend=gpu.backend, **settings))
     monkeypatch.setattr(fused, "WORTH_COMPILING", 0)
-    monkeypatch.setattr(fused, "compiler", lambda device: True)
+    for works in ("compiler", "triton"):
+        monkeypatch.setattr(fused, works, lambda device: True)
     monkeypatch.setattr(fused, "on_gpu", lambda x: True)
     for module, names in ((fused_lif, ("_lif", "_lif_backward")), (fused_staa, ("_forward", "_backward"))):
         for name in names:
@@ -66,7 +73,13 @@ def same(neuron, x, monkeypatch):
         assert (a - b).abs().max() <= bound * max(b.abs().max(), 0.1)  # some are 0 but for rounding
 
 
-@pytest.mark.parametrize("neuron", [LIF(), LIF(decay=0.4, gain=0.6, v_reset=-0.2), STAttenLIF(),
+class CompiledLIF(LIF):
+    """Which is not written by hand, since its surrogate is its own."""
+
+    surrogate = Surrogate(RECTANGLE.gradient)
+
+
+@pytest.mark.parametrize("neuron", [CompiledLIF(), CompiledLIF(decay=0.4, gain=0.6, v_reset=-0.2), STAttenLIF(),
                                     FSTALIF(8, 4, temporal=False, spatial=False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_kernel_each_way_that_loads_sixteen_bytes_at_once(neuron, dtype, monkeypatch):
@@ -78,14 +91,12 @@ def test_one_kernel_each_way_that_loads_sixteen_bytes_at_once(neuron, dtype, mon
 
 
 def test_of_an_odd_number_of_elements(monkeypatch):
-    same(LIF(), current(3, 1, 5, 3, 3), monkeypatch)
+    same(CompiledLIF(), current(3, 1, 5, 3, 3), monkeypatch)
     assert len(gpu.launched) == 2
 
 
 class Compiled(STAALIF):
-    """Which is not written by hand, since its surrogate is its own."""
-
-    surrogate = Surrogate(RECTANGLE.gradient)
+    surrogate = CompiledLIF.surrogate
 
 
 def moved(neuron):
@@ -109,19 +120,100 @@ def test_staa(channels_last, dtype, monkeypatch):
 @pytest.fixture
 def launches(monkeypatch):
     """The hand-written kernels that are launched; none of the compiler's are."""
-    from staa import fused_staa_gpu
-
     seen = []
-    for name in ("context", "query", "linear", "steps", "steps_backward", "query_backward", "context_backward",
-                 "over_images", "over_batch"):
-        kernel = getattr(fused_staa_gpu, name)
-
-        def launcher(grid, kernel=kernel, name=name):
+    for module, name in ((module, name) for module, names in BY_HAND.items() for name in names):
+        def launcher(grid, kernel=getattr(module, name), name=name):
             seen.append(name)
             return kernel[grid]
-        monkeypatch.setattr(fused_staa_gpu, name, type(name, (), {"__getitem__": lambda _, grid, f=launcher: f(grid)})())
+        monkeypatch.setattr(module, name, type(name, (), {"__getitem__": lambda _, grid, f=launcher: f(grid)})())
     yield seen
     assert not gpu.launched
+
+
+@pytest.mark.parametrize("settings", [{}, dict(decay=0.4, gain=0.6, v_reset=-0.2, v_th=0.8, a=0.7), dict(decay=1, a=2)])
+@pytest.mark.parametrize("shape, dtype, channels_last", [
+    ((1, 2, 3, 4, 4), torch.float32, True), ((4, 2, 8, 4, 4), torch.bfloat16, True), ((4, 2, 8, 4, 4), torch.float16, False),
+    ((16, 3, 5, 3, 7), torch.float32, True), ((9, 40, 5, 3, 7), torch.bfloat16, False), ((33, 1, 1, 1, 1), None, False)])
+def test_lif_by_hand(shape, dtype, channels_last, settings, launches, monkeypatch):
+    """Up to nine steps' potentials are held at once, and all, or four at a time."""
+    x = current(*shape, dtype=dtype or torch.float32, channels_last=channels_last)
+    for held in (64, 16 if x.element_size() == 4 else 32):
+        monkeypatch.setattr(fused_lif_gpu, "POTENTIALS", held)
+        launches.clear()
+        by_hand(LIF(**settings), x, launches, monkeypatch, ["lif", "lif_backward"])
+
+
+def test_lif_by_hand_at_the_threshold(launches, monkeypatch):
+    """Potentials that lie on the threshold, eq. 2, and on the edges of the rectangle, eq. 5."""
+    by_hand(LIF(decay=0.5), torch.randint(-3, 4, (6, 2, 16, 4, 4)) / 2, launches, monkeypatch, ["lif", "lif_backward"])
+
+
+def test_lif_by_hand_of_two_steps(launches):
+    """U[0] = 0.8, U[1] = 0.4 + 0.8 = 1.2: a spike. dS/dU = 1 at both; dHm[0] = 0.5 dU[1], and
+    dU[0] = dHm[0] (V_reset - U[0]) + dHm[0], eqs. 2, 3 and 5."""
+    x = torch.tensor([[0.8], [0.8]]).requires_grad_()
+    s = LIF(decay=0.5)(x)
+    assert s.flatten().tolist() == [0, 1]
+    s[1].sum().backward()
+    assert x.grad.flatten().tolist() == pytest.approx([0.1, 1]) and launches == ["lif", "lif_backward"]
+
+
+def test_lif_by_hand_keeps_the_current_alone(launches):
+    x, kept = current(4, 2, 8, 4, 4).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor), lambda _: None):
+        LIF()(x)
+    assert launches == ["lif"] and len(kept) == 1 and kept[0] is x
+
+
+@pytest.mark.parametrize("shape, K", [((3, 5, 4, 6), 2), ((2, 70, 9, 3), 3), ((1, 1, 2, 2), 2), ((5, 64, 8, 8), 4),
+                                      ((3, 16, 4, 4), 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_average_pooling_by_hand(shape, K, dtype, launches):
+    """Against torch's own of the same numbers in double precision, and, of spikes, its very numbers."""
+    x = torch.randn(shape).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    y = AvgPool2d(K)(x)
+    gradient = torch.randn(y.shape).to(dtype)  # in another layout
+    dx, = torch.autograd.grad(y, x, gradient)
+    z = x.detach().double().requires_grad_()
+    true = nn.AvgPool2d(K)(z)
+    expected, = torch.autograd.grad(true, z, gradient.double())
+    assert launches == ["pool", "pool_backward"] and y.dtype == dx.dtype == dtype
+    assert y.is_contiguous(memory_format=torch.channels_last) and dx.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, true.to(dtype))
+    torch.testing.assert_close(dx, expected.to(dtype))
+    if dtype == torch.float32 or K != 3:  # of a third the interpreter cuts off what bf16 would round
+        spikes = (x > 0).to(dtype)
+        assert torch.equal(AvgPool2d(K)(spikes), nn.AvgPool2d(K)(spikes))
+
+
+@pytest.mark.parametrize("pool, x", [
+    (AvgPool2d(2), torch.randn(2, 8, 5, 4)), (AvgPool2d(2), torch.randn(2, 8, 4, 5)),
+    (AvgPool2d(2, stride=1), torch.randn(2, 8, 4, 4)), (AvgPool2d(2, padding=1), torch.randn(2, 8, 4, 4)),
+    (AvgPool2d((2, 2)), torch.randn(2, 8, 4, 4)), (AvgPool2d(2, divisor_override=3), torch.randn(2, 8, 4, 4)),
+    (AvgPool2d(2), torch.randn(2, 8, 4, 4).double()), (AvgPool2d(2), torch.randn(8, 4, 4)),
+    (AvgPool2d(2, ceil_mode=True), torch.randn(2, 8, 5, 5))])
+def test_other_pooling_is_torchs(pool, x, launches):
+    x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    assert torch.equal(pool(x), nn.AvgPool2d.forward(pool, x)) and not launches
+    AvgPool2d(2)(torch.randn(2, 8, 4, 4))  # of rows, not channels-last
+    assert not launches
+
+
+def test_a_network_takes_the_kernels_by_hand(launches, monkeypatch):
+    """Nothing is left to the compiler; its loss and gradients are those of the equations."""
+    net = staa.build("resnet20", "lif", T=2, width=1 / 16).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+
+    def gradients():
+        net.zero_grad()
+        loss = net(x).square().mean()
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in net.parameters())]
+    found = gradients()
+    assert {name: launches.count(name) for name in launches} == dict(lif=19, lif_backward=19, pool=4, pool_backward=4)
+    monkeypatch.setattr(fused, "enabled", False)
+    for a, b in zip(found, gradients(), strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-5
 
 
 def cut(monkeypatch):
@@ -266,11 +358,11 @@ def test_how_many_kernels_staa_is_by_hand(share, steps, launches, monkeypatch):
                         "query_backward", "linear", "context_backward", *["over_images"] * 4, "over_batch"]
 
 
-def by_hand(neuron, x, launches, monkeypatch):
+def by_hand(neuron, x, launches, monkeypatch, kernels=("steps", "steps_backward")):
     """As `same`, without the compiler. The gradient of the key's bias is 0: softmax takes no notice of it."""
     gradient = torch.randn_like(x)
     s, *gradients = both(neuron, x, gradient)
-    assert {"steps", "steps_backward"} <= set(launches)
+    assert set(kernels) <= set(launches)
     with monkeypatch.context() as patch:
         patch.setattr(fused, "enabled", False)
         true, *expected = both(neuron, x, gradient)
@@ -290,5 +382,4 @@ def test_the_kernels_compile_for_a_gpu():
     done = subprocess.run([sys.executable, ROOT / "tests" / "h200.py"], env=environment | {"PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True)
     assert not done.returncode, done.stderr[-2000:]
-    assert set(done.stdout.split()) == {"context", "query", "linear", "steps", "steps_backward", "query_backward",
-                                        "context_backward", "over_images", "over_batch"}
+    assert set(done.stdout.split()) == {name for names in BY_HAND.values() for name in names}

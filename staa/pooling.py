@@ -1,0 +1,63 @@
+"""Average pooling. torch's own is slow for channels-last maps on a GPU: (512, 64, 32, 32) in bf16 takes an H200 0.8 ms
+there and back, where its memory would allow 0.05."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import fused
+from .fused import first_derivative, on
+
+#: Numbers of the result that a program computes, and of how many channels.
+ELEMENTS, CHANNELS = 1024, 64
+
+
+class AvgPool2d(nn.AvgPool2d):
+    """torch's layer: x (B, C, H, W) to the means of its windows, (B, C, h, w). On a GPU, where x is large, by kernels
+    of our own (`kernels_pool.py`), unless `staa.fused.enabled` is off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Pool.apply(x, self.kernel_size) if self.is_by_hand(x) else super().forward(x)
+
+    def is_by_hand(self, x: Tensor) -> bool:
+        """Whether there are kernels for it: windows lie side by side and none over the edge, in float32 or less."""
+        K = self.kernel_size
+        return (isinstance(K, int) and self.stride == K and not self.padding and self.divisor_override is None
+                and fused.usable(x) and fused.on_gpu(x) and not torch.compiler.is_compiling()
+                and x.dim() == 4 and x.dtype != torch.float64 and x.shape[2] % K == x.shape[3] % K == 0
+                and x.is_contiguous(memory_format=torch.channels_last) and fused.is_large(x, x.shape[1])
+                and fused.triton(x.device.type))
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, K: int):
+        from .kernels_pool import pool  # Triton is not everywhere
+        ctx.shape = x.shape
+        out = empty(x, (*x.shape[:2], x.shape[2] // K, x.shape[3] // K))
+        launch(pool, x, out, K, out.shape)
+        return out
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx, dout: Tensor):
+        from .kernels_pool import pool_backward
+        dx = empty(dout, ctx.shape)
+        launch(pool_backward, dout.contiguous(memory_format=torch.channels_last), dx, ctx.shape[3] // dout.shape[3],
+               dout.shape)
+        return dx, None
+
+
+def empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def launch(kernel: Any, x: Tensor, out: Tensor, K: int, means: torch.Size) -> None:
+    """A kernel from x to out, one of which has the shape of the means."""
+    from triton import cdiv, next_power_of_2
+    B, C, h, w = means
+    BC = min(next_power_of_2(C), CHANNELS)
+    BP = ELEMENTS // BC
+    with on(x.device):
+        kernel[(cdiv(B * h * w, BP), cdiv(C, BC))](x, out, B * h * w, w=w, C=C, K=K, BP=BP, BC=BC)
