@@ -12,13 +12,13 @@ PEERS = ("copy", "SpikingJelly", "snnTorch", "norse", "LIF, reference", "LIF, no
          "STAA", "FSTA's LIF, reference", "FSTA's LIF", "STAtten's LIF, reference", "STAtten's LIF")
 TEXT = """# How fast it is
 
-`make bench` measures what is on this page and writes it anew. Every ratio comes from one run in which the cases
-take turns, and is one of medians; a row that misses its goal is shown as it is. By itself the C library of a Linux
-hands freed memory back to the system, and that is how a peer's user meets it: where a row says so, nothing is changed.
-Elsewhere on a CPU freed memory is kept (`staa.memory.keep_freed`), as `staa.run` does, for the peers as well, which
-gain most by it. None of it is a test: what the tests hold is that nothing but the current is kept for the backward pass
-(by the STAA neuron on a GPU, some numbers an image and channel as well), and that each neuron compiles without a graph
-break.
+`make bench` measures what is on this page and writes it anew (but for "Runs on a GPU", which are records). Every ratio
+comes from one run in which the cases take turns, and is one of medians; a row that misses its goal is shown as it is.
+By itself the C library of a Linux hands freed memory back to the system, and that is how a peer's user meets it: where
+a row says so, nothing is changed. Elsewhere on a CPU freed memory is kept (`staa.memory.keep_freed`), as `staa.run`
+does, for the peers as well, which gain most by it. None of it is a test: what the tests hold is that nothing but the
+current is kept for the backward pass (by the STAA neuron on a GPU, some numbers an image and channel as well), and that
+each neuron compiles without a graph break.
 """
 
 

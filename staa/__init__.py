@@ -8,7 +8,7 @@ from .attention import STAALIF, GlobalContext, PositionEncoding, StepAttention
 from .config import Config
 from .firing import firing_rates, neurons
 from .fsta import FSTALIF
-from .networks import NETWORKS, NEURONS, build
+from .networks import NETWORKS, NEURONS, Steps, build
 from .neuron import LIF
 from .records import Record
 from .settings import Error
@@ -24,7 +24,7 @@ warnings.filterwarnings("ignore", message="'staa.train' found in sys.modules", c
 
 __version__ = "0.1.0"
 __all__ = ["LIF", "STAALIF", "LeakySTAALIF", "FSTALIF", "STAttenLIF", "PositionEncoding", "GlobalContext",
-           "StepAttention", "Surrogate", "rectangle", "build", "neurons", "firing_rates", "traced", "NETWORKS",
+           "StepAttention", "Surrogate", "rectangle", "Steps", "build", "neurons", "firing_rates", "traced", "NETWORKS",
            "NEURONS", "Config", "Record", "Error", "run", "load", "save_pretrained", "from_pretrained"]
 
 

@@ -13,20 +13,21 @@ TSRD falls back to. And M weighs all of Hm: `variants` reads it as a potential t
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import fused, fused_staa
-from .neuron import LIF, over_time, unchanged, without_autocast
+from .neuron import LIF, Computed, over_time, unchanged, without_autocast
 from .settings import bounded, real_numbers, switches, unused, whole_numbers
 
 PE_KINDS = ("learned", "fixed")
 PE_PLACES = ("input", "membrane", "both", "output")
 
 
-class PositionEncoding(nn.Module):
+class PositionEncoding(Computed):
     """PE[t] of eq. 11: one number a time step and channel, added over batch and space; x (T, B, C, H, W).
 
     kind "learned" starts at zero; "fixed" is the sinusoid of Vaswani et al. over t and c (section 4.3 compares them).
@@ -144,8 +145,9 @@ class StepAttention(nn.Module):
         return f"alpha={self.alpha}"
 
 
-#: What the aggregator is made of.
-BLOCKS = {PositionEncoding, GlobalContext, StepAttention, Pointwise, Norm}
+#: What the aggregator is made of, and what each block computes, as it stands here.
+BLOCKS: dict[type, Callable] = {block: block.forward for block in (PositionEncoding, GlobalContext, StepAttention,
+                                                                   Pointwise, Norm)}
 
 
 class STAALIF(LIF):
@@ -273,19 +275,24 @@ class STAALIF(LIF):
         for block, module in self.named_modules(remove_duplicate=False):
             for name in ("weight", "bias") if block else ():
                 if (p := getattr(module, name, None)) is not None:
-                    parameters[f"{block}.{name}"] = p.to(kind).view(p.shape[:2]).contiguous()
+                    parameters[f"{block}.{name}"] = (p.flatten(1) if p.dim() > 2 else p).to(kind).contiguous()
         return fused_staa.staa(x, parameters, kept, (alpha, *self.numbers()), self.leaky, self.surrogate)
 
     def is_plain(self) -> bool:
         """As in LIF; and every block is one of BLOCKS, unchanged and without hooks, since the fast path calls none."""
         def is_ours(m: nn.Module) -> bool:
-            return (type(m) in BLOCKS and "forward" not in m.__dict__ and getattr(m, "eps", 1e-5) == 1e-5 and not (
-                m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks))
+            return (type(m).forward is BLOCKS.get(type(m)) and "forward" not in m.__dict__
+                    and getattr(m, "eps", 1e-5) == 1e-5 and not (
+                        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks))
 
-        return super().is_plain() and unchanged(self, STAALIF, "attend", "carried", "mix") and all(
+        return super().is_plain() and unchanged(self, EQUATIONS) and all(
             is_ours(m) for child in self.children() for m in child.modules())
 
     def extra_repr(self) -> str:
         without_eq_1 = self.sa is not None and not self.leaky
         own = f"v_th={self.v_th}, v_reset={self.v_reset}, a={self.a}" if without_eq_1 else super().extra_repr()
         return f"channels={self.channels}, T={self.T}, beta={self.beta}, {own}"
+
+
+#: As `neuron.EQUATIONS`: of the aggregator.
+EQUATIONS: dict[str, Callable] = {"attend": STAALIF.attend, "carried": STAALIF.carried, "mix": STAALIF.mix}

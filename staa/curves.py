@@ -16,7 +16,8 @@ from .studies import curve, groups, leak_rows, multiply_adds
 from .tables import paper_section
 
 #: Lines by order: this run, then each recorded training; they differ in lightness and in their markers.
-SERIES = [(COLORS["staa"], "s-"), (COLORS["lif"], "o--"), (COLORS["fsta"], "^-."), (COLORS["statten"], "d:")]
+SERIES = [(COLORS["staa"], "s-"), (COLORS["lif"], "o--"), (COLORS["fsta"], "^-."), (COLORS["statten"], "d:"),
+          (COLORS["ann"], "v-"), (COLORS["input"], "x--")]
 Series = dict[str, dict[str, list[Record]]]
 
 

@@ -182,7 +182,7 @@ def measure(network: SpikingNetwork, batches: Iterable, *, bn_folded: bool = Tru
             else:
                 with FlopCounterMode(display=False) as seen:
                     network(x)
-                check_nothing_is_missed(seen.get_total_flops() / 2, operations.values())
+                check_nothing_is_missed(network, seen.get_total_flops() / 2, operations.values())
             images += len(x)
     if not images:
         raise ValueError("energy is measured on at least one image, got none")
@@ -228,12 +228,15 @@ def average(op: Operation, images: int) -> Operation:
                    spikes=op.spikes / images)
 
 
-def check_nothing_is_missed(seen: float, operations: Iterable[Operation]) -> None:
+def check_nothing_is_missed(network: nn.Module, seen: float, operations: Iterable[Operation]) -> None:
     """torch's counter sees every matrix product, whoever calls it; it does not see products element by element."""
     ours = sum(op.multiply_adds for op in operations if op.what not in ELEMENTWISE)
     if ours != seen:
+        others = dict.fromkeys(type(layer).__name__ for layer in network.modules() if rule(layer) is None and any(
+            p.dim() > 1 for p in layer.parameters(recurse=False)))
         raise ValueError(f"torch sees {seen:,.0f} multiply-adds in this network and staa.energy.COUNTED knows "
-                         f"{ours:,.0f} of them; add the module type that makes the others to COUNTED.")
+                         f"{ours:,.0f} of them; add the module type that makes the others to COUNTED"
+                         f"{': perhaps ' + ', '.join(others) if others else ''}.")
 
 
 def ann(network: str, num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> SpikingNetwork:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import fused
-from .neuron import LIF
+from .neuron import LIF, Computed
 from .settings import bounded, switches, unused, whole_numbers
 from .surrogate import TANH
 
@@ -33,7 +33,7 @@ def dct(k: int) -> Tensor:
     return basis.to(torch.get_default_dtype())
 
 
-class DCT(nn.Module):
+class DCT(Computed):
     """The k*k coefficients of the k x k window around each place: (B, 1, H, W) to (B, k*k, H, W); coefficient u k + v
     has frequency u along H and v along W. An even k pads one more below and to the right, to keep the size [ours]."""
 
@@ -49,8 +49,6 @@ class DCT(nn.Module):
         self.basis.copy_(torch.kron(dct(self.k), dct(self.k)))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.basis.is_meta and not x.is_meta:  # built there, and loaded with assign=True: it is not in the state
-            self.to_empty(device=x.device).reset_parameters()
         x = F.pad(x, 2 * ((self.k - 1) // 2, self.k // 2))
         if fused.on_gpu(x):  # where `unfold` starts a kernel an image; TF32, as torch's default is
             return F.conv2d(x, self.basis.unflatten(1, (1, self.k, self.k)))

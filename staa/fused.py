@@ -132,6 +132,18 @@ def on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+# Triton has these two as well; called from Python they take many times as long.
+
+def cdiv(n: int, size: int) -> int:
+    """How many pieces of a size n is, the last one perhaps smaller."""
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least one that is not below n, which is at least 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def membrane_type(x: Tensor) -> torch.dtype:
     return torch.float32 if x.element_size() < 4 or not x.is_floating_point() else x.dtype
 

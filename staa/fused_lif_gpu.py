@@ -6,10 +6,9 @@ takes longer to find what was compiled than the GPU takes to run it. Here one ke
 goes through all time steps of some neurons, which lie in memory side by side.
 """
 
-import triton
 from torch import Tensor
 
-from .fused import on
+from .fused import cdiv, on
 from .kernels_lif import lif, lif_backward
 
 #: Bytes of a time step that a thread reads at once, and the potentials that it holds in registers at most.
@@ -23,7 +22,7 @@ def launch(kernel, tensors: tuple[Tensor, ...], *numbers: float) -> None:
     each = BYTES // x.element_size()
     size = 32 * WARPS * each
     with on(x.device):
-        kernel[(triton.cdiv(N, size),)](*tensors, *map(float, numbers), N, T=T, BN=size, HELD=POTENTIALS // each,
+        kernel[(cdiv(N, size),)](*tensors, *map(float, numbers), N, T=T, BN=size, HELD=POTENTIALS // each,
                                         num_warps=WARPS, enable_fp_fusion=False)
 
 

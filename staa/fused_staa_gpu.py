@@ -15,11 +15,12 @@ anew. Sums over images are the same in every run: there is no atomic operation. 
 rounded twice, once before what comes through the means is added.
 """
 
+import functools
+
 import torch
-import triton
 from torch import Tensor
 
-from .fused import first_derivative, on
+from .fused import cdiv, first_derivative, next_power_of_2, on
 from .kernels import linear, over_batch, over_images
 from .kernels_gc import context, context_backward, query, query_backward
 from .kernels_steps import steps, steps_backward
@@ -88,20 +89,8 @@ class Neuron:
         if self.pe_membrane is not None:  # it is added before Hm leaks
             self.pe_membrane = self.leak * self.pe_membrane
 
-        BC, everywhere, units = map(triton.next_power_of_2, (C, N, self.H))
-        self.whole = everywhere * BC <= WHOLE
-        BN = everywhere if self.whole else max(TILE // BC, 1)
-        span = BN if self.whole else max(PART // BC, BN)
-        self.parts = triton.cdiv(N, span)
-        common = dict(last=last, SA=self.SA, leaky=leaky, whole=self.whole, N=N, C=C, H=self.H, span=span,
-                         parts=self.parts, BN=BN, BC=BC,
-                         BP=min(triton.next_power_of_2(self.parts), max(TILE // BC, 1)))
-        BJ, of_tile = max(WEIGHTS // BC, 1), BN * BC // 2048
-        self.steps_backward = common | dict(BJ=min(BJ, units), num_warps=warps(of_tile))
-        self.steps = self.steps_backward if BC < WIDE else common | dict(BJ=min(2 * BJ, units), num_warps=16)
-        self.maps = dict(last=last, GC=self.GC, N=N, C=C, BN=min(everywhere, max(IMAGE_TILE // BC, 1)), BC=BC)
-        BQ = max(triton.next_power_of_2(self.Q), 16)
-        self.queries = dict(C=C, H=self.Q, BR=16, BD=max(min(BC, 8192 // BQ, 64), 16), BJ=BQ, num_warps=warps(BQ // 16))
+        sizes = launch_sizes(N, C, self.H, self.Q, last=last, SA=self.SA, GC=self.GC, leaky=leaky)
+        self.whole, self.parts, self.maps, self.steps, self.steps_backward, self.queries = sizes
 
     def new(self, *shape: int) -> Tensor:
         """An empty tensor in float32."""
@@ -120,6 +109,26 @@ class Neuron:
         return [*reversed(self.launches()), (-1, 0, -1 if self.T <= UNROLLED else None)]
 
 
+@functools.cache
+def launch_sizes(N: int, C: int, H: int, Q: int, *, last: bool, SA: bool, GC: bool, leaky: bool) -> tuple:
+    """Whether a map fits into one program, and else how many share it; then what is compiled into GC's kernels over
+    maps, into the steps there and back, and into GC's query."""
+    BC, everywhere, units = map(next_power_of_2, (C, N, H))
+    whole = everywhere * BC <= WHOLE
+    BN = everywhere if whole else max(TILE // BC, 1)
+    span = BN if whole else max(PART // BC, BN)
+    parts = cdiv(N, span)
+    common = dict(last=last, SA=SA, leaky=leaky, whole=whole, N=N, C=C, H=H, span=span, parts=parts, BN=BN, BC=BC,
+                  BP=min(next_power_of_2(parts), max(TILE // BC, 1)))
+    BJ = max(WEIGHTS // BC, 1)
+    back = common | dict(BJ=min(BJ, units), num_warps=warps(BN * BC // 2048))
+    there = back if BC < WIDE else common | dict(BJ=min(2 * BJ, units), num_warps=16)
+    maps = dict(last=last, GC=GC, N=N, C=C, BN=min(everywhere, max(IMAGE_TILE // BC, 1)), BC=BC)
+    BQ = max(next_power_of_2(Q), 16)
+    queries = dict(C=C, H=Q, BR=16, BD=max(min(BC, 8192 // BQ, 64), 16), BJ=BQ, num_warps=warps(BQ // 16))
+    return whole, parts, maps, there, back, queries
+
+
 def warps(wanted: int) -> int:
     return min(max(wanted, 4), 16)
 
@@ -132,7 +141,7 @@ def forward(x: Tensor, z: Neuron) -> tuple[Tensor, tuple]:
         context[(z.images,)](x, z.p.get("gc.key.weight"), z.pe, mean, contexts, log_denominator, z.B, **z.maps)
     if z.GC:
         q, queried, value = z.new(z.images, z.Q), z.new(z.images, z.Q), z.new(z.images, z.C)
-        query[(triton.cdiv(z.images, 16),)](
+        query[(cdiv(z.images, 16),)](
             contexts, z.p["gc.query.weight"].mT.contiguous(), z.p["gc.query.bias"], z.p["gc.norm.weight"],
             z.p["gc.norm.bias"], q, queried, z.images, **z.queries)
         multiply(queried, z.p["gc.value.weight"].mT.contiguous(), z.p["gc.value.bias"], value)
@@ -169,7 +178,7 @@ def backward(ds: Tensor, x: Tensor, z: Neuron, pools, ps, ws, contexts, log_deno
     pairs = {"sa.squeeze": (of["squeeze"], pools), "sa.excite": (of["excite"], squeezed)} if z.SA else {}
     if z.GC:
         queried = z.new(z.images, z.Q)
-        query_backward[(triton.cdiv(z.images, 16),)](
+        query_backward[(cdiv(z.images, 16),)](
             of["value"], K, z.p["gc.value.weight"], z.p["gc.norm.weight"], z.p["gc.norm.bias"], q, queried, of["query"],
             of["norm"], of["norm bias"], z.images, **z.queries)
         multiply(of["query"], z.p["gc.query.weight"], None, of["context"])
@@ -180,7 +189,7 @@ def backward(ds: Tensor, x: Tensor, z: Neuron, pools, ps, ws, contexts, log_deno
 
     gradients = dict(zip((f"{name}.weight" for name in pairs), summed_products(list(pairs.values()))))
     sums = z.new(z.T, K)
-    over_batch[(z.T, triton.cdiv(K, 32))](rows, sums, z.B, K, BR=64, BJ=32)
+    over_batch[(z.T, cdiv(K, 32))](rows, sums, z.B, K, BR=64, BJ=32)
     by_step = dict(zip(widths, sums.split(list(widths.values()), 1)))
     total = dict(zip(widths, sums.sum(0).split(list(widths.values()))))
     if z.SA:
@@ -197,14 +206,14 @@ def backward(ds: Tensor, x: Tensor, z: Neuron, pools, ps, ws, contexts, log_deno
 
 def blocks(**sizes: int) -> dict[str, int]:
     """As many as there are, from 16, the least of a product, to 64."""
-    return {name: min(max(triton.next_power_of_2(size), 16), 64) for name, size in sizes.items()}
+    return {name: min(max(next_power_of_2(size), 16), 64) for name, size in sizes.items()}
 
 
 def multiply(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = x w + bias, rows of x and of out by themselves."""
     (count, D), J = x.shape, w.shape[1]
     size = blocks(BD=D, BJ=J)
-    linear[(triton.cdiv(count, 16), triton.cdiv(J, size["BJ"]))](
+    linear[(cdiv(count, 16), cdiv(J, size["BJ"]))](
         x, x.stride(0), w, bias, out, out.stride(0), count, D=D, J=J, BR=16, **size)
 
 
@@ -213,11 +222,11 @@ def summed_products(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     if not pairs:
         return []
     count, areas = len(pairs[0][0]), [x.shape[1] * y.shape[1] for x, y in pairs]
-    images = max(IMAGES, triton.next_power_of_2(triton.cdiv(count, PARTS)))
-    sums = pairs[0][0].new_empty(triton.cdiv(count, images), sum(areas))
+    images = max(IMAGES, next_power_of_2(cdiv(count, PARTS)))
+    sums = pairs[0][0].new_empty(cdiv(count, images), sum(areas))
     for (x, y), out in zip(pairs, sums.split(areas, 1)):
         D, J = x.shape[1], y.shape[1]
         size = blocks(BD=D, BJ=J)
-        over_images[(triton.cdiv(D, size["BD"]), triton.cdiv(J, size["BJ"]), len(sums))](
+        over_images[(cdiv(D, size["BD"]), cdiv(J, size["BJ"]), len(sums))](
             x, x.stride(0), y, y.stride(0), out, sums.shape[1], count, images, D=D, J=J, BR=32, **size)
     return [w.view(x.shape[1], y.shape[1]) for (x, y), w in zip(pairs, sums.sum(0).split(areas))]

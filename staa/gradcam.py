@@ -27,7 +27,8 @@ def depths(network: SpikingNetwork, count: int = 5) -> dict[str, nn.Module]:
 def maps(network: SpikingNetwork, x: Tensor, target: Tensor, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
     """Grad-CAM (B, H, W) of each layer, at the size of the input: images (B, C, H, W) or frames (B, T, C, H, W).
 
-    target: (B,) classes. layers: spiking layers of the network by label. The network stays as it is.
+    target: (B,) classes. layers: spiking layers of the network by label. The network stays as it is. Raises ValueError
+    on a layer whose spikes have no places, as after a linear one.
     """
     from captum.attr import LayerGradCam
 
@@ -39,6 +40,8 @@ def maps(network: SpikingNetwork, x: Tensor, target: Tensor, layers: dict[str, n
                 lambda module, inputs, spikes, tap=tap: tap(spikes.flatten(0, 1)).unflatten(0, spikes.shape[:2]))
             hooks.callback(hook.remove)
             cam = LayerGradCam(network, tap).attribute(x, target)  # (T B, 1, h, w)
+        if cam.dim() != 4:
+            raise ValueError(f"Grad-CAM takes layers whose spikes have places, (T, B, C, H, W); {label} has none")
         cam = cam.detach().unflatten(0, (-1, len(x))).sum(0).relu()  # (B, 1, h, w)
         found[label] = F.interpolate(cam, x.shape[-2:], mode="bilinear")[:, 0]
     return found

@@ -12,6 +12,7 @@ decay = 1 - 1/tau and gain = 1/tau (`LIF.from_tau`). The networks use 0.25 and 1
 Time is the first axis, and a neuron keeps nothing between calls: there is no state to reset.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -91,15 +92,35 @@ class LIF(nn.Module):
 
     def is_plain(self) -> bool:
         """Whether nobody has changed an equation, so that `fused` computes this neuron."""
-        return unchanged(self, LIF, "charge", "fire")
+        return unchanged(self, EQUATIONS) and type(self.surrogate) is Surrogate
 
     def extra_repr(self) -> str:
         return f"decay={self.decay}, gain={self.gain}, v_th={self.v_th}, v_reset={self.v_reset}, a={self.a}"
 
 
-def unchanged(neuron: nn.Module, kind: type, *methods: str) -> bool:
-    """Whether these methods are those of `kind`, neither a subclass's nor the neuron's own."""
-    return all(getattr(type(neuron), name) is getattr(kind, name) and name not in neuron.__dict__ for name in methods)
+#: As they stand here, whatever a reader puts into the class later.
+EQUATIONS: dict[str, Callable] = {"charge": LIF.charge, "fire": LIF.fire}
+
+
+def unchanged(neuron: nn.Module, equations: dict[str, Callable]) -> bool:
+    """Whether these are its methods: neither another class's nor the neuron's own."""
+    return all(getattr(type(neuron), name) is equation and name not in neuron.__dict__
+               for name, equation in equations.items())
+
+
+class Computed(nn.Module):
+    """A module with buffers that `reset_parameters` computes, and that are in no state: once more where a state is
+    loaded, since in a network that was built on the meta device nobody has yet."""
+
+    reset_parameters: Callable[[], None]
+
+    def _load_from_state_dict(self, state, prefix, metadata, *given) -> None:
+        super()._load_from_state_dict(state, prefix, metadata, *given)
+        computed = list(self.buffers(recurse=False))
+        if any(b.is_meta for b in computed) and metadata.get("assign_to_params_buffers"):
+            self.to_empty(device=next((t.device for t in state.values()), "cpu"))
+        if computed:
+            self.reset_parameters()
 
 
 def without_autocast(device: str) -> AbstractContextManager:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import fused
-from .fused import first_derivative, on
+from .fused import cdiv, first_derivative, next_power_of_2, on
 
 #: Numbers of the result that a program computes, and of how many channels.
 ELEMENTS, CHANNELS = 1024, 64
@@ -55,7 +55,6 @@ def empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def launch(kernel: Any, x: Tensor, out: Tensor, K: int, means: torch.Size) -> None:
     """A kernel from x to out, one of which has the shape of the means."""
-    from triton import cdiv, next_power_of_2
     B, C, h, w = means
     BC = min(next_power_of_2(C), CHANNELS)
     BP = ELEMENTS // BC

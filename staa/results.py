@@ -34,7 +34,8 @@ def results() -> pd.DataFrame:
         rows.append({"Dataset": NAMES.get(c["dataset"], c["dataset"]),
                      "Network": ARCHITECTURES.get(c["network"], c["network"]), "T": c["T"],
                      "Neuron": own_settings(c),
-                     "Training": f"{training(first)}, lr {c['lr']:g}, augmentation {c['augment']}",
+                     "Training": f"{training(first)}, batch {c['batch_size']}, lr {c['lr']:g}, "
+                                 f"augmentation {c['augment']}",
                      "Test accuracy, %": mean_and_n(group), "Paper": printed(c),
                      "Firing rate": f"{statistics.mean(map(firing_rate, group)):.3f}",
                      "Parameters": f"{first.outcome['parameters']:,}",

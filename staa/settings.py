@@ -6,7 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 #: Parameters that every neuron or every network has: none of them is a setting of its own.
@@ -42,9 +42,14 @@ def likeliest(value, allowed: Iterable[str]) -> str:
 
 
 def typed(name: str, value, kind: type) -> Any:
-    """value as `kind`: a whole number may stand for a float, which is finite; nothing else is converted."""
-    if kind is float and type(value) is int:
-        value = float(value) if abs(value) <= sys.float_info.max else math.inf
+    """value as `kind`: a whole number may stand for a float, which is finite, and so may NumPy's numbers; nothing else
+    is converted."""
+    if kind in (int, float) and isinstance(value, Integral) and not isinstance(value, bool):
+        value = int(value)
+        if kind is float:
+            value = float(value) if abs(value) <= sys.float_info.max else math.inf
+    elif kind is float and isinstance(value, Real) and not isinstance(value, bool):
+        value = float(value)
     if type(value) is not kind:
         hint = ""
         if type(value) is str and kind is float and (sign := re.search("[0-9]([/eE])", value)):

@@ -105,7 +105,7 @@ def table3(runs: list[Record]) -> pd.DataFrame:
     rows = dict.fromkeys([(dataset, network) for dataset, names in TABLE3.items() for network in names] + list(shown))
     lines = []
     for dataset, network in rows:
-        label, architecture = EVENT_LABELS.get(dataset, dataset), ARCHITECTURES[network]
+        label, architecture = EVENT_LABELS.get(dataset, dataset), ARCHITECTURES.get(network, network)
         mine = {neuron: select(runs, dataset=dataset, network=network, neuron=neuron) for neuron in ("staa", "lif")}
         steps = ", ".join(sorted({str(r.config["T"]) for found in mine.values() for r in found})) or "16"
         lines.append({"Dataset": label, "Architecture": architecture, "T": steps,

@@ -37,8 +37,8 @@ from .weights import trained as trained
 
 
 def run(config: Config, *, device: str | torch.device | None = None, workers: int | None = None,
-        network: bool = False, log: Callable[[str], None] = print) -> Record:
-    """The record of this run, from disk or from training; logs one line an epoch.
+        network: bool = False, log: Callable[[str], None] | None = print) -> Record:
+    """The record of this run, from disk or from training; logs one line an epoch, or where log is None nothing.
 
     device: "cpu", "cuda" or "cuda:1"; by default a GPU where there is one, see `staa.devices`. workers: processes that
     load data; by default one per core, at most eight, where a GPU sees 5,000 images or 500 recordings of events or
@@ -52,6 +52,7 @@ def run(config: Config, *, device: str | torch.device | None = None, workers: in
         raise TrainingError(f"run takes a Config, as Config.from_dict makes of a dictionary, got {config!r}.")
     if workers is not None and (type(workers) is not int or workers < 0):
         raise TrainingError(f"workers must be a whole number of at least 0, or None, got {workers!r}.")
+    log = log or (lambda line: None)
     where = devices.named(device)
     peers = join(where)
     if record := peers.first(lambda: found(config, network)):

@@ -214,18 +214,27 @@ def save_pretrained(network: SpikingNetwork, folder: Path | str) -> None:
         raise RecordError(f"the head is a {type(network.head).__name__}, and its config makes it a Linear.")
     classes = network.head.out_features
     made = dict(skeleton(lambda: new_network(config, classes)).named_modules())
-    for name, module in network.named_modules():
-        for setting, value in plain(made.get(name)).items():
-            if plain(module).get(setting) != value:
-                raise RecordError(f"{name} has {setting} = {plain(module).get(setting)}, and its config makes it "
+    there = dict(network.named_modules())
+    for name in made | there:
+        kind, right = (type(modules[name]).__name__ if name in modules else None for modules in (there, made))
+        if kind != right:
+            found = f"is a {kind}" if kind else "is missing"
+            raise RecordError(f"{name} {found}, and its config {f'makes it a {right}' if right else 'has none'}: make "
+                              "the network of a config that says so.")
+        for own, value in vars(there[name]).items():
+            if callable(value) and hasattr(type(there[name]), own) and own[0] != "_":
+                raise RecordError(f"{name} has a {own} of its own, which no file can hold.")
+        for setting, value in plain(made[name]).items():
+            if plain(there[name]).get(setting) != value:
+                raise RecordError(f"{name} has {setting} = {plain(there[name]).get(setting)}, and its config makes it "
                                   f"{value}: make the network of a config that says so.")
     save(Path(folder) / MODEL, network.state_dict(), config, classes)
     records.write(Path(folder) / CONFIG, (json.dumps(described(config, classes), indent=1) + "\n").encode())
 
 
-def plain(module: nn.Module | None) -> dict[str, Any]:
+def plain(module: nn.Module) -> dict[str, Any]:
     """The settings that a module was made with, as far as they are numbers or words."""
-    return {name: value for name, value in ({} if module is None else vars(module)).items()
+    return {name: value for name, value in vars(module).items()
             if isinstance(value, (int, float, str)) and name != "training"}
 
 

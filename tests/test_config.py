@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from typing import Literal, Optional
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -153,6 +154,17 @@ def test_a_networks_settings_are_read_off_its_constructor():
         {"pools", "event"} if name.startswith("sdt") else set() for name in NETWORKS}
     assert Config(network="statten-8-512").network_settings == {"heads": 8, "chunk": 2, "pools": "1111", "event": False}
     assert Config(network="statten-2-256").but(network="resnet20").network_settings == {}
+
+
+def test_numpys_numbers_are_numbers():
+    """As a grid of np.logspace gives them."""
+    plain = Config(lr=0.5, T=2, neuron_settings={"r": 8, "beta": 0.25})
+    given = Config(lr=np.float64(0.5), T=np.int64(2), neuron_settings={"r": np.int32(8), "beta": np.float32(0.25)})
+    assert given.name == plain.name and given.json == plain.json
+    assert build("vgg13", num_classes=np.int64(7), width=np.float32(0.125)).head.out_features == 7
+    for wrong in (dict(T=np.float64(2)), dict(T=np.True_), dict(lr=np.float64("nan"))):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            Config(**wrong)
 
 
 def test_it_cannot_be_changed():

@@ -104,7 +104,7 @@ def test_products_that_nothing_counts_are_refused():
         def forward(self, x):
             return self.lif(torch.einsum("tbchw,dc->tbdhw", x, self.weight))
 
-    with pytest.raises(ValueError, match="COUNTED knows .* add the module type"):
+    with pytest.raises(ValueError, match="COUNTED knows .* add the module type .* to COUNTED: perhaps Mine.$"):
         energy.measure(build("vgg13", Mine, width=1 / 16, T=1), [torch.rand(1, 3, 32, 32)])
     with pytest.raises(ValueError, match="at least one image"):
         energy.measure(build("vgg13", "lif", width=1 / 16, T=1), [])

@@ -421,6 +421,31 @@ def test_compiled_once_for_all_shapes(neuron):
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
+def test_an_equation_changed_in_its_class_takes_the_reference(monkeypatch):
+    """As an ablation is often made."""
+    neuron, x = STAALIF(4, 2, beta=0.0), torch.full((2, 1, 4, 3, 3), 0.6)
+    assert neuron.is_plain() and not neuron(x)[0].any()
+    for block, name in ((staa.StepAttention, "forward"), (staa.GlobalContext, "forward"), (STAALIF, "attend"),
+                        (LIF, "charge"), (LIF, "fire")):
+        with monkeypatch.context() as patch:
+            patch.setattr(block, name, lambda *_: None)
+            assert not neuron.is_plain(), name
+    monkeypatch.setattr(LIF, "charge", lambda self, hm, x: hm + 2 * x)
+    assert LIF()(x).all()
+
+
+def test_a_surrogate_that_fires_otherwise_takes_the_reference():
+    class SoftReset(Surrogate):
+        def fire(self, u, v_th, v_reset, *settings):
+            s = self(u - v_th, *settings)
+            return s, u - v_th * s
+
+    class Soft(LIF):
+        surrogate = SoftReset(RECTANGLE.gradient)
+    x = torch.tensor([[1.75], [0.85]])  # U[1] = 0.25 * 0.75 + 0.85 = 1.0375
+    assert Soft()(x).tolist() == [[1], [1]] and LIF()(x).tolist() == [[1], [0]]
+
+
 def test_a_changed_equation_takes_the_reference():
     """A subclass with its own charge, a learned decay, and a block that somebody listens to are computed as written."""
     class Adding(LIF):

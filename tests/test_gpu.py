@@ -224,6 +224,7 @@ def cut(monkeypatch):
     for name, elements in {"WHOLE": 16, "PART": 64, "TILE": 32, "IMAGE_TILE": 64, "WEIGHTS": 32, "IMAGES": 32,
                            "UNROLLED": 2}.items():
         monkeypatch.setattr(fused_staa_gpu, name, elements)
+    monkeypatch.setattr(fused_staa_gpu, "launch_sizes", fused_staa_gpu.launch_sizes.__wrapped__)  # nothing remembered
 
 
 SETTINGS = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from staa import build, gradcam, neurons, plots
+from staa import LIF, build, gradcam, neurons, plots
 from staa.frames import to_frames
 from staa.simulator import EVENT
 
@@ -61,6 +61,20 @@ def test_depths_are_spread_and_end_with_the_last():
     for count in (0, 11):
         with pytest.raises(ValueError, match="count must be between 1 and the network's 10 spiking layers"):
             gradcam.depths(network, count)
+
+
+def test_a_layer_without_places_is_refused_in_one_sentence():
+    class Tail(torch.nn.Module):
+        def __init__(self, channels, T):
+            super().__init__()
+            self.lif = LIF()
+
+        def forward(self, x):
+            return self.lif(x.mean((-2, -1)))[..., None, None].expand_as(x) + 0 * x
+    network = build("vgg13", "lif", 10, T, 2, 1 / 8)
+    network.stages.append(Tail(network.head.in_features, T))
+    with pytest.raises(ValueError, match="whose spikes have places, .* the last has none$"):
+        gradcam.maps(network, torch.rand(1, 2, 32, 32), torch.tensor([1]), {"the last": network.stages[-1].lif})
 
 
 def test_the_share_is_mass_on_the_mask_over_mass():

@@ -92,7 +92,7 @@ def test_what_the_readme_shows_says_which_row_was_trained_and_the_papers_number(
     assert shown["STAA"] == "94.29 and 94.99 (section 4.3)"  # of CIFAR-10, as the records are
     assert shown["STAA, all blocks off: LIF"] == "72.30 on CIFAR-100 (Table 4)"
     assert len(layers) == 19 and set(table["Firing rate"]) == {"0.100"}
-    assert set(table["Training"]) == {"2 epochs, width 0.25, 10,000 images, lr 0.1, augmentation none"}
+    assert set(table["Training"]) == {"2 epochs, width 0.25, 10,000 images, batch 128, lr 0.1, augmentation none"}
 
 
 def test_table_2_fills_its_own_rows():

@@ -53,6 +53,8 @@ def test_the_table_is_the_papers_21_rows_and_the_own_three_with_what_was_run(tmp
     assert rows.loc[("DVS128 Gesture", "VGG-13"), "This run: LIF"] == "50.00"
     assert rows.loc[("DVS128 Gesture", "VGG-13"), "This run: STAA"] == "not run"
     assert rows.loc[("digits-dvs", "VGG-13"), "This run: STAA"] == "60.00"
+    other = tables.table3([record(70.0, dataset="nmnist", network="sdt-2-256", neuron="statten")])
+    assert list(other.Architecture)[-1] == "sdt-2-256" and list(other.Dataset)[-1] == "nmnist"
 
 
 def test_only_records_of_16_time_steps_stand_beside_the_papers(tmp_path, monkeypatch):

@@ -254,14 +254,17 @@ def test_there_is_room_for_many_time_steps_among_what_is_compiled(monkeypatch):
 
 
 def test_a_network_built_without_memory_and_given_its_weights_is_the_same(fast):
-    """The DCT is no parameter, and not in the state: on the meta device it would be memory that nobody has set."""
-    for neuron in sorted(NEURONS):
-        network = shaken(staa.build("vgg13", neuron=neuron, T=2, width=1 / 16)).eval()
-        with torch.device("meta"):
-            again = staa.build("vgg13", neuron=neuron, T=2, width=1 / 16).eval()
-        again.load_state_dict(network.state_dict(), assign=True)
-        x = torch.rand(2, 3, 32, 32)
-        assert torch.equal(again(x), network(x)) and network(x).std() > 0
+    """The DCT and fixed PE are no parameters, and not in the state: there they are memory that nobody has set."""
+    x = torch.rand(2, 3, 32, 32)
+    for neuron, settings in [*((name, {}) for name in sorted(NEURONS)), ("staa", {"pe_kind": "fixed"})]:
+        network = shaken(staa.build("vgg13", neuron=neuron, T=2, width=1 / 16, **settings)).eval()
+        for assign in (True, False):
+            with torch.device("meta"):
+                again = staa.build("vgg13", neuron=neuron, T=2, width=1 / 16, **settings).eval()
+            if not assign:
+                again.to_empty(device="cpu")
+            again.load_state_dict(network.state_dict(), assign=assign)
+            assert torch.equal(again(x), network(x)) and network(x).std() > 0
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")

@@ -28,6 +28,11 @@ pytestmark = pytest.mark.usefixtures("root")
 quiet = partial(run, device="cpu", workers=0, log=lambda line: None)
 
 
+def test_a_run_can_be_silent(capsys):
+    assert run(SMALL.but(epochs=1), device="cpu", workers=0, log=None).accuracy >= 0
+    assert capsys.readouterr().out == ""
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """Record and weights of SMALL where nothing happens."""

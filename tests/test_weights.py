@@ -245,6 +245,22 @@ def test_a_setting_changed_by_hand_is_not_lost_in_silence(tmp_path, network):
     refused(lambda: staa.save_pretrained(network, tmp_path), "has T = 3, and its config makes it 2")
 
 
+def test_other_modules_than_the_configs_are_not_lost_in_silence(tmp_path, network):
+    name, neuron = list(staa.neurons(network).items())[1]
+    neuron.__class__ = staa.LeakySTAALIF
+    refused(lambda: staa.save_pretrained(network, tmp_path), f"{name} is a LeakySTAALIF, and its config makes it a STAALIF")
+    neuron.__class__ = staa.STAALIF
+    pe, neuron.pe_input = neuron.pe_input, None
+    refused(lambda: staa.save_pretrained(network, tmp_path), f"{name}.pe_input is missing, and its config makes it a PositionEnc")
+    neuron.pe_input, neuron.more = pe, torch.nn.Identity()
+    refused(lambda: staa.save_pretrained(network, tmp_path), f"{name}.more is a Identity, and its config has none")
+    del neuron.more
+    neuron.surrogate = staa.Surrogate(lambda v, a: v)
+    refused(lambda: staa.save_pretrained(network, tmp_path), f"{name} has a surrogate of its own, which no file can hold")
+    del neuron.surrogate
+    staa.save_pretrained(network, tmp_path)
+
+
 def test_a_compiled_network_is_saved_as_what_it_was_made_of(tmp_path, network):
     staa.save_pretrained(torch.compile(network), tmp_path)
     again = staa.from_pretrained(tmp_path).state_dict()
