@@ -2,6 +2,7 @@
 package refuses in one sentence."""
 
 import ast
+import errno
 import io
 import json
 import os
@@ -18,16 +19,24 @@ def command(main: Callable[[list[str]], int | None], usage: Callable[[], str]) -
     refuses or fails with ends in one sentence, and so does Ctrl-C."""
     words = sys.argv[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file, too, shows each epoch when it ends
+        # A log file, too, shows each epoch when it ends; and a name that it cannot spell ends nothing.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         code = print(usage()) if {"-h", "--help"} & set(words) else main(words)
-        sys.stdout.flush()
+        if sys.stdout:  # not where it was closed
+            sys.stdout.flush()
         sys.exit(code)
     except Error as error:
         sys.exit(f"staa: {error}")
     except BrokenPipeError:  # what read the output has ended, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it flushes
         sys.exit(141)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit("staa: there is no room left on the disk of the log, or of the runs; a run goes on after its last "
+                 "whole epoch when it is started again.")
     except KeyboardInterrupt:
         print("staa: interrupted; a run goes on after its last whole epoch when it is started again.", file=sys.stderr)
         sys.exit(130)
@@ -50,7 +59,7 @@ def words_to_settings(words: list[str]) -> dict:
 def written(text: str) -> Any:
     """A value as it is written in JSON or in Python, or else plain text; 1e4 is a whole number."""
     for read in (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             value = read(text)
             return int(value) if isinstance(value, float) and value.is_integer() else value
     return text

@@ -8,12 +8,17 @@ from typing import get_type_hints
 from . import frames
 from .data import AUGMENTATIONS, DATASETS, describe
 from .networks import NETWORKS, NEURONS, build, full_settings, skeleton
-from .settings import ConfigError, likeliest, one_of, reason, settings_of, typed
+from .settings import LARGEST, ConfigError, likeliest, one_of, reason, settings_of, typed
 
 #: Settings that came after the first records: left out of the hash at this value, so that older runs keep their name.
 LATER = {"microbatch": 0, "frames": "", "optimizer": "sgd", "network_settings": {}}
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("float32", "bf16")
+
+#: Beyond these torch fails with a message of its own, or the machine with none.
+MOST = dict.fromkeys(("lr", "weight_decay", "clip_norm"), LARGEST) | dict.fromkeys(
+    ("T", "epochs", "batch_size", "microbatch", "train_images"), 2 ** 31 - 1) | {
+        "image_size": 2 ** 16, "seed": 2 ** 63 - 1, "threads": 1024}
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,9 @@ class Config:
                             "microbatch": 0, "seed": 0, "warmup_epochs": 0, "clip_norm": 0, "weight_decay": 0}.items():
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise ConfigError(f"{name} must be at most {most}, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ConfigError(f"lr must be a finite number above 0, got {self.lr}")
         for name in ("momentum", "label_smoothing"):

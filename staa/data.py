@@ -132,22 +132,22 @@ class Digits(Dataset):
 def load(name: str, train: bool) -> Labelled:
     """The training or the test set, as (PIL image, label) or (events, label); `.targets`, `.classes` as in torchvision.
     It lies in the folder STAA_DATA, or data/sets. Raises DataError where it is missing, damaged or lacking."""
-    return _checked(_open(name, train, folder("data")), f"the {'training' if train else 'test'} set of {name}")
+    which = f"the {'training' if train else 'test'} set of {name}"
+    try:
+        return _checked(_open(name, train, folder("data")), which)
+    except PermissionError as error:
+        raise DataError(f"{which} cannot be read ({error.strerror}: {error.filename}).") from None
 
 
 def _open(name: str, train: bool, root: Path) -> Labelled:
     base, _, sub = name.partition(":")
     if opened := describe(name).open:
         return opened(train, root)
-    if base in ("digits", "digits-rows"):
-        return Digits(train)
-    if base == "digits-dvs":
-        return Simulated(Digits(train))
+    if base in ("digits", "digits-rows", "digits-dvs"):
+        return Simulated(Digits(train)) if base == "digits-dvs" else Digits(train)
     if base in events.SOURCES:
         return events.Recordings(base, train, root)
-    if base == "imagefolder":
-        return _image_folder(root / (sub or base), train)
-    return _cifar(base.upper(), root, train)
+    return _image_folder(root / (sub or base), train) if base == "imagefolder" else _cifar(base.upper(), root, train)
 
 
 def _checked(found: Any, which: str) -> Labelled:

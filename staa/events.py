@@ -210,15 +210,18 @@ def _download(source: Source, train: bool, root: Path, there: Callable[[], bool]
 
 
 def checked(events: np.ndarray, sensor: int, what: str) -> np.ndarray:
-    """The events as EVENT. Raises DataError where there is none, one lies outside the sensor, or they are unsorted."""
+    """The events as EVENT. Raises DataError where there is none, one lies outside the sensor or is neither darker (0)
+    nor brighter (1), or they are unsorted."""
     if not len(events):
         raise DataError(f"{what} holds no event; replace or remove it.")
     for axis in "xy":
         if not (events[axis].min() >= 0 and events[axis].max() < sensor):  # NaN fails, too
             raise DataError(f"{what} has events outside its sensor of {sensor} x {sensor} pixels; replace or remove it"
                             ".")
-    if (events["t"][1:] < events["t"][:-1]).any():
-        raise DataError(f"{what} has unsorted time stamps; replace or remove it.")
+    if not np.isin(events["p"], (0, 1)).all():
+        raise DataError(f"{what} has polarities other than 0 and 1; replace or remove it.")
+    if not (events["t"][1:] >= events["t"][:-1]).all() or not np.isfinite(events["t"][-1:]).all():
+        raise DataError(f"{what} has unsorted time stamps, or such that are no number; replace or remove it.")
     found = np.empty(len(events), EVENT)
     for name in EVENT.names or ():
         found[name] = events[name]

@@ -30,8 +30,13 @@ def vouch(configs: list[Config]) -> tuple[list[Config], list[Config]]:
     """Copy the finished records of these runs to data/records: (copied or there before, without a record)."""
     found = {config: records.find(config) for config in configs}
     for config, record in found.items():
+        vouched = records.folder("records") / f"{config.name}.json"
+        if record and weights.shipped_file(config).is_file() and vouched.is_file() and (
+                Record.load(vouched).outcome != record.outcome):
+            raise RecordError(f"data/networks holds the network of another training of {config}; `ship {config.name}` "
+                              "puts this one with its record in its place.")
         if record:
-            record.save(records.folder("records") / f"{config.name}.json")
+            record.save(vouched)
     return [c for c in configs if found[c]], [c for c in configs if not found[c]]
 
 

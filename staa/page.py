@@ -78,15 +78,18 @@ def executed_as_it_stands(notebook: Path) -> bool:
     what it came to, with the parameters that it was given."""
     try:
         cells = [c for c in json.loads(notebook.read_text("utf-8"))["cells"] if c.get("cell_type") == "code"]
-    except ValueError:
+        return all(c["execution_count"] and "injected-parameters" not in c["metadata"].get("tags", [])
+                   and all(output["output_type"] != "error" for output in c["outputs"]) for c in cells)
+    except (ValueError, LookupError, TypeError, AttributeError):  # it is no notebook
         return False
-    return all(c["execution_count"] and "injected-parameters" not in c["metadata"].get("tags", [])
-               and all(output["output_type"] != "error" for output in c["outputs"]) for c in cells)
 
 
 def source(name: str, tag: str = "") -> str:
-    """The first cell of a notebook, or the one with this tag."""
-    cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text("utf-8"))["cells"]
+    """The first cell of a notebook, or the one with this tag; nothing where there is none."""
+    try:
+        cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text("utf-8"))["cells"]
+    except (ValueError, LookupError, TypeError):
+        return ""
     return "".join(next((c["source"] for c in cells if not tag or tag in c["metadata"].get("tags", [])), ""))
 
 
@@ -97,6 +100,8 @@ def items() -> list[Item]:
     found = []
     for name in [n for n in ORDER if n in names] + sorted(set(names) - set(ORDER)):
         first = source(name)
+        if not first.startswith("# "):  # a reader's own sheet
+            continue
         time = first.partition("Running time:")[2].partition(".")[0].strip() if "Running time:" in first else "not said"
         found.append(Item(name, first.splitlines()[0].removeprefix("# "), " ".join(time.replace("`", "").split())))
     return found

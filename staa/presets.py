@@ -86,7 +86,7 @@ def settings(namespace: Mapping) -> Settings:
     does not have (papermill itself only warns), and on a wrong type or name; what else is wrong, the item's grid does.
     """
     # The notebook's own cell comes first; papermill's, which begins the same way, after it.
-    cells = [source for source in namespace.get("In", []) if source.startswith("# Parameters")]
+    cells = [source for source in namespace.get("In", []) if source.startswith("# Parameters") and is_python(source)]
     here = {name for name in PARAMETERS & namespace.keys() if not isinstance(namespace[name], ModuleType)}
     known, *injected = [assigned(source) for source in cells] or [here]  # nbval keeps no In
     for name in sorted(set().union(*injected) - known):
@@ -103,7 +103,15 @@ def settings(namespace: Mapping) -> Settings:
     return Settings(preset, seeds, given)
 
 
+def is_python(source: str) -> bool:
+    """Not a cell with a slip, which was mended and run again: Jupyter keeps both."""
+    try:
+        return bool(ast.parse(source))
+    except SyntaxError:
+        return False
+
+
 def assigned(source: str) -> set[str]:
     """The names that a cell assigns at its top level."""
-    return {target.id for node in ast.parse(source).body if isinstance(node, ast.Assign)
-            for target in node.targets if isinstance(target, ast.Name)}
+    return {name.id for node in ast.parse(source).body if isinstance(node, (ast.Assign, ast.AnnAssign))
+            for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}

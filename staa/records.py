@@ -53,7 +53,11 @@ def folder(kind: str) -> Path:
     home = ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()
     default = {"runs": "runs", "figures": "figures", "data": "data/sets", "records": "data/records",
                "networks": "data/networks", "paper": "data/paper"}[kind]
-    return home / Path(os.environ.get(f"STAA_{kind.upper()}") or default).expanduser()
+    path = Path(os.environ.get(f"STAA_{kind.upper()}") or default)
+    try:
+        return home / path.expanduser()
+    except RuntimeError:
+        raise RecordError(f"STAA_{kind.upper()} names a user who is not there, got {path}.") from None
 
 
 def require(package: str, what: str) -> None:
@@ -144,7 +148,8 @@ def commit() -> str:
     """The project's git commit, with "+" where files differ from it; empty outside its own checkout."""
     def git(*words):
         own = ["-c", f"safe.directory={ROOT}"]  # also where it is another user's, if git is 2.38 or newer
-        return subprocess.run(["git", *own, "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(["git", *own, "-C", str(ROOT), *words], capture_output=True)
+        return os.fsdecode(done.stdout).strip()
     try:
         if Path(git("rev-parse", "--show-toplevel") or "/") != ROOT:  # installed somewhere in another's repository
             return ""

@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from multiprocessing import active_children, get_context, parent_process
 from traceback import clear_frames
@@ -15,7 +16,11 @@ from . import data, devices, samples, weights
 from .config import Config
 from .distributed import started
 from .records import Record
+from .settings import TrainingError
 from .train import run
+
+#: After so many runs that were killed when trained alone, the rest is given up.
+KILLED = 3
 
 
 def run_all(configs: list[Config], *, networks: bool = False, log: Callable[[str], None] = print) -> list[Record]:
@@ -26,7 +31,8 @@ def run_all(configs: list[Config], *, networks: bool = False, log: Callable[[str
     A script that calls this needs `if __name__ == "__main__":`, since each process reads it anew.
 
     Duplicates are trained once. Logs one line an epoch and one bar after each run. A run that fails does
-    not stop the others; the first failure is raised once all have ended, and what has ended stays in runs/.
+    not stop the others, nor does one whose process is killed, which is tried again first; the first failure is raised
+    once all have ended, and what has ended stays in runs/.
     """
     once = list(dict.fromkeys(configs))
     found = {config: record for config in once if (record := weights.found(config, networks))}
@@ -60,18 +66,40 @@ def _outcomes(configs, log, networks):
         for config in configs:
             yield config, attempt(config, log, networks)
         return
-    context = get_context("spawn")
+    # Longest first, so that no core is left with a long run at the end.
+    left = sorted(configs, key=lambda c: c.epochs * c.T * (1 + (c.network == "resnet19")), reverse=True)
+    alone, killed = 0, 0  # how many are trained one by one, to see which of them ends its process
+    while left:
+        trained = left[:alone] or left
+        lost = yield from _together(trained, 1 if alone else jobs, log, networks)
+        if alone and lost:
+            killed += 1
+            for config in lost if killed == KILLED else lost[:1]:
+                yield config, TrainingError(f"a process that trained {config} was killed, perhaps because memory was "
+                                            "short; start it again, and it goes on after its last whole epoch.")
+                lost = lost[1:]
+        left = lost + left[len(trained):]
+        alone = min(jobs, len(lost))
+
+
+def _together(configs, jobs, log, networks):
+    """The same for as many at once. Returns those that were not trained to the end, since one process was killed: the
+    executor ends the others with it."""
+    context, lost = get_context("spawn"), set()
     lines, others = context.SimpleQueue(), active_children()
     with ProcessPoolExecutor(jobs, context, begin, (lines,)) as pool, ending_all_but(others):
-        # Longest first, so that no core is left with a long run at the end.
-        order = sorted(configs, key=lambda c: c.epochs * c.T * (1 + (c.network == "resnet19")), reverse=True)
-        pending = {pool.submit(attempt, config, None, networks): config for config in order}
+        pending = {pool.submit(attempt, config, None, networks): config for config in configs}
         while pending:
             done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
             while not lines.empty():
                 log(lines.get())
             for future in done:
-                yield pending.pop(future), future.exception() or future.result()
+                config, error = pending.pop(future), future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    lost.add(config)
+                else:
+                    yield config, error or future.result()
+    return [config for config in configs if config in lost]
 
 
 @contextmanager

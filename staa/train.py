@@ -98,7 +98,7 @@ def one_sentence(config: Config) -> Iterator[None]:
         if lines[0].startswith("DataLoader worker"):
             raise TrainingError(f"a process that loads data for {config} was killed, perhaps because memory was short; "
                                 "start the run again, and it goes on after its last whole epoch.") from None
-        if len(lines) > 1 and isinstance(error, (data.DataError, records.RecordError)):
+        if lines[0].startswith("Caught ") and isinstance(error, (data.DataError, records.RecordError)):
             raise type(error)(lines[-1].partition(": ")[2]) from None
         raise
 

@@ -140,9 +140,14 @@ def keep(place: Path, state: dict, config: Config, classes: int, log: Callable[[
 
 def shipped(**settings) -> list[Record]:
     """The project's records of runs with these settings whose networks it ships too, in data/networks: `trained` reads
-    them."""
-    return [record for record in records.vouched() if settings.items() <= record.config.items()
-            and shipped_file(Config.from_dict(record.config)).is_file()]
+    them. Raises RecordError where there is none."""
+    found = [record for record in records.vouched() if settings.items() <= record.config.items()
+             and shipped_file(Config.from_dict(record.config)).is_file()]
+    if not found:
+        places = " and ".join(str(records.folder(kind)) for kind in ("records", "networks"))
+        raise RecordError(f"a record and a network with {settings} were looked for in {places}, and are not there; the "
+                          "project's own lie in data (leave out STAA_RECORDS and STAA_NETWORKS).")
+    return found
 
 
 def shipped_file(config: Config) -> Path:

@@ -23,6 +23,8 @@ def test_a_command_line_takes_values_as_json_or_python_writes_them():
         "momentum": 0.9, "train_images": 10000, "neuron_settings": {"r": 8, "gc": True, "beta": 0.5},
         "network_settings": {"event": True}, "frames": "", "microbatch": "nan"}
     assert type(read["train_images"]) is int
+    deep = "[" * 100_000
+    assert words_to_settings([f"lr={deep}"]) == {"lr": deep}
 
 
 @pytest.mark.parametrize("words, got", [
@@ -41,6 +43,18 @@ def test_a_log_file_has_each_line_when_it_is_printed(tmp_path):
     with open(tmp_path / "log", "w") as log:
         assert subprocess.run([sys.executable, "-c", program], stdout=log, env=environment, check=False).returncode == -9
     assert (tmp_path / "log").read_text() == "epoch 1\n"
+
+
+@pytest.mark.parametrize("words, code, said", [
+    ("print('b\\u00fc')", 0, ""), ("raise OSError(errno.ENOSPC, 'No space left on device')", 1, "staa: there is no room left on"),
+    ("sys.stdout.close(); sys.stdout = None", 0, "")])
+def test_a_log_that_cannot_be_written_is_no_traceback(words, code, said, tmp_path):
+    """A name that it cannot spell, a full disk, no output at all."""
+    program = f"import errno, sys\nfrom staa.command import command\ndef main(words):\n    {words}\ncommand(main, str)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == code and done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
+    assert done.stdout == ("b\\xfc\n" if "print" in words else "")
 
 
 def test_help_names_every_setting_and_what_it_can_be():

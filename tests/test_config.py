@@ -37,6 +37,8 @@ from staa.settings import ConfigError, settings_of
     (dict(neuron="lif", neuron_settings={"v_th": 1e39}), "v_th must be a finite number of at most 1e30 in size, got 1e.39"),
     (dict(width=1e9, neuron="lif"), "network resnet20 could not be built with width=1e.09 and T=4: .*overflow"),
     (dict(width=1e308), "network resnet20 could not be built"), (dict(network=["resnet20"]), "network must be text"),
+    (dict(lr=1e40), "lr must be at most 1e.30"), (dict(batch_size=2 ** 63), "batch_size must be at most 2147483647"),
+    (dict(threads=100_000), "threads must be at most 1024"), (dict(image_size=10 ** 9), "image_size must be at most 65536"),
     (dict(T=0), "T must be at least 1"), (dict(T=2.0), "T must be a whole number"), (dict(T=True), "whole number"),
     (dict(epochs=0), "epochs must be at least 1"), (dict(batch_size=-1), "batch_size"), (dict(seed=-1), "seed"),
     (dict(width=0.0), "width"), (dict(momentum=1.0), "momentum"), (dict(label_smoothing=-0.1), "label_smoothing"),

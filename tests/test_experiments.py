@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import active_children
 from pathlib import Path
 
+import faults
 import pytest
 import torch
 
@@ -190,6 +191,15 @@ def test_the_bar():
     assert runner.bar(3, 4, "x") == "[###############.....] 3/4 runs  x"
 
 
+def test_a_slip_that_was_mended_in_the_same_kernel_is_forgotten():
+    namespace = notebook(lr=0.5)
+    namespace["In"].insert(1, "# Parameters\nlr = 0.1x\n")
+    assert settings(namespace).changes == {"lr": 0.5}
+    namespace["In"].append("# Parameters\nlr: float = 0.5\nepohcs, T = 3, 2\n")
+    with pytest.raises(ConfigError, match="got 'epohcs'$"):
+        settings(namespace)
+
+
 def test_a_kernel_without_history_will_do():
     namespace = notebook(lr=0.5)
     namespace["In"] = [""]  # as nbval runs it
@@ -310,6 +320,19 @@ def test_several_at_once_are_told_whether_their_networks_are_needed(monkeypatch)
         found = list(runner._outcomes([Config(seed=seed) for seed in range(3)], print, needed))
         assert sorted(outcome for _, outcome in found) == [(0, needed), (1, needed), (2, needed)]
         assert all(config.seed == seed for config, (seed, _) in found)
+
+
+@pytest.mark.parametrize("seeds, made", [((0, 1, 2, 3, 4), (0, 2, 4)), ((1, 3, 5, 7), ())])
+def test_a_killed_process_costs_its_own_run_alone(seeds, made, monkeypatch):
+    """As the system kills one where memory is short. Where three were killed alone, the rest is given up."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(runner.devices, "cores", lambda: 2)
+    monkeypatch.setattr(runner, "attempt", faults.killed_with_odd_seeds)
+    found = {config.seed: outcome for config, outcome in runner._outcomes([Config(seed=s) for s in seeds], print, False)}
+    assert found.keys() == set(seeds) and all(found[seed] == seed for seed in made)
+    for seed in set(seeds) - set(made):
+        assert isinstance(found[seed], TrainingError) and "was killed, perhaps because memory was short" in str(found[seed])
+    assert not active_children()
 
 
 def test_where_nobody_takes_their_lines_any_more_runs_end(tmp_path, monkeypatch):

@@ -361,6 +361,7 @@ def first_frames():
 @pytest.mark.parametrize("path, mode, work, error", [
     ("data", 0o555, partial(contents, "nmnist"), DataError), ("data/NMNIST", 0o555, partial(contents, "nmnist"), DataError),
     ("data", 0o555, partial(contents, "cifar10"), DataError), ("data", 0o555, digits_tree, DataError),
+    ("data/NMNIST/Train", 0o000, partial(contents, "nmnist"), DataError),
     ("runs/frames", 0o555, first_frames, RecordError), ("runs/frames/*", 0o555, first_frames, RecordError),
     ("runs/frames/*/0", 0o000, first_frames, RecordError), ("runs/frames/*", 0o000, first_frames, RecordError)])
 def test_what_permissions_forbid_is_one_sentence(commons, path, mode, work, error):

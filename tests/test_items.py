@@ -2,7 +2,7 @@
 
 import pytest
 
-from staa import Config, experiments, items, records
+from staa import Config, experiments, items, records, run
 from staa.settings import ConfigError
 
 TINY = ["dataset=digits", "width=0.0625", "T=1", "train_images=64", "batch_size=32", "lr=0.01", "epochs=1"]
@@ -36,6 +36,20 @@ def test_a_grid_is_trained_and_its_finished_records_are_vouched_for(monkeypatch,
     shown = capsys.readouterr().out
     assert "1 records of table4" in shown and f"no record yet: {missing.name}" in shown
     assert Config.from_dict(records.vouched()[0].config) == done
+
+
+def test_no_record_is_put_beside_the_network_of_another_training(tmp_path, monkeypatch):
+    """As another machine makes one of the same config."""
+    monkeypatch.setenv("STAA_NETWORKS", str(tmp_path / "networks"))
+    config = Config(**items.words_to_settings(TINY), image_size=16, neuron="lif")
+    record = run(config, device="cpu", workers=0, log=None)
+    items.ship(config.name)
+    assert items.vouch([config]) == ([config], [])
+    records.Record(record.config, record.outcome | {"test_accuracy": 1.0}, record.provenance).save(
+        records.folder("runs") / config.name / "record.json")
+    with pytest.raises(records.RecordError, match="holds the network of another training of .* `ship"):
+        items.vouch([config])
+    assert records.vouched() == [record]
 
 
 @pytest.mark.parametrize("words, said", [

@@ -124,6 +124,12 @@ def test_outside_a_checkout_one_sentence(tmp_path, monkeypatch):
         tables.paper_table1()
 
 
+def test_a_readers_own_sheet_is_no_item(small):
+    for name, text in {"Untitled": '{"cells": []}', "empty": "", "mine": '{"cells": [{"cell_type": "code", "source": ["x"]}]}'}.items():
+        (page.NOTEBOOKS / f"{name}.ipynb").write_text(text)
+    assert {item.name for item in page.items()} == {"bad", "good"} and "good" in page.listing()
+
+
 def test_the_list_says_what_is_there():
     lines = {line.split()[0]: line for line in page.listing().splitlines()}
     assert "0 of 18 runs" in lines["table4"] and "0 of 11 runs" in lines["figure3"] and "no runs" in lines["figure1"]
@@ -181,8 +187,9 @@ def test_a_notebook_that_make_left_with_an_error_or_other_parameters_is_not_done
     change(book["cells"][1])
     good.output.write_text(json.dumps(book))
     assert not good.fresh()
-    good.output.write_text("{")
-    assert not good.fresh()
+    for other in ("{", "{}", "[]", "null", '{"cells": [{"cell_type": "code"}]}'):
+        good.output.write_text(other)
+        assert not good.fresh()
 
 
 @pytest.mark.parametrize("words", [["--help"], ["lst"], ["list", "train"]])

@@ -115,6 +115,18 @@ def test_the_front_page_links_all(tmp_path, monkeypatch):
     assert not (tmp_path / "site" / "comparison.html").exists(), "that of an earlier time"
 
 
+def test_the_checkout_is_no_place_for_the_site(monkeypatch):
+    """Its notebooks would be cleared away."""
+    monkeypatch.syspath_prepend(str(records.ROOT / "tools"))
+    import publish as tool
+
+    monkeypatch.setattr(tool, "docs", lambda: pytest.fail("started"))
+    for place in (records.ROOT, records.ROOT.parent):
+        monkeypatch.setattr(tool, "SITE", place)
+        with pytest.raises(SystemExit, match="^publish.py: STAA_SITE must be a folder for the site alone, got "):
+            tool.main([])
+
+
 def test_a_title_is_text(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(records.ROOT / "tools"))
     import publish as tool

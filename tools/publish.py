@@ -36,8 +36,7 @@ a {{ color: #0b57a4; }}
 <p>STAA-SNN (CVPR 2025) puts an attention aggregator inside every spiking neuron. The notebooks regenerate the tables
 and figures of the paper, and of two sibling systems, beside the papers' own numbers. They are shown here as they are
 stored, executed on embedded data (handwritten digits), unless they say otherwise.</p>
-<p><strong>What has been run on real data so far is small</strong>, and in none of it does the whole STAA neuron beat
-the plain LIF neuron: the README of the project has a table of it.</p>
+<p><strong>What has been run on real data so far is small:</strong> the README of the project has a table of it.</p>
 <p><img src="figure1.png" alt="The STAA neuron: aggregator, global context block, step attention block and TSRD"></p>
 <h2>Notebooks</h2>
 <ul>
@@ -129,6 +128,8 @@ def front(found: list[page.Item]) -> None:
 def main(words: list[str]) -> None:
     if words not in ([], ["docs"]):
         sys.exit(f"publish.py: write docs, or nothing, got {' '.join(words)!r}")
+    if SITE.resolve() in (records.ROOT, *records.ROOT.parents):
+        sys.exit(f"publish.py: STAA_SITE must be a folder for the site alone, got {SITE}")
     docs()
     if words != ["docs"]:
         found = page.items()
