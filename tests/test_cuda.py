@@ -92,6 +92,14 @@ def test_lif_by_hand_is_the_equations(shape, dtype, settings, monkeypatch):
     assert (dx - expected).float().norm() <= bound * expected.float().norm()
 
 
+def test_lif_by_hand_of_more_elements_than_32_bits_count():
+    """Its last row, of steps without memory: the current's own threshold."""
+    x = torch.zeros(3, 800_000_000, device=GPU, dtype=torch.bfloat16)
+    x[-1, -5:] = torch.tensor([2.0, 0.5, 1.0, -1.0, 3.0])
+    s = staa.LIF(decay=0.0)(x)
+    assert s[-1, -5:].tolist() == [1, 0, 1, 0, 1] and s.sum(dtype=torch.float32) == 3
+
+
 @pytest.mark.parametrize("shape, K", [((512, 64, 32, 32), 2), ((128, 256, 4, 4), 2), ((33, 96, 6, 9), 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_average_pooling_by_hand_is_torchs(shape, K, dtype, monkeypatch):
