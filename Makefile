@@ -17,7 +17,7 @@ setup: $(READY)  ## set up .venv (the other targets do it when needed)
 
 $(READY): requirements.txt pyproject.toml
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; python3 is $$(python3 -V 2>&1)."; exit 1; }
-	@$(BIN)/python -m pip --version > /dev/null 2>&1 || python3 -m venv --clear .venv || { rm -rf .venv; echo "python3 could not make .venv; on Debian and Ubuntu: apt install python3-venv."; exit 1; }
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(BIN)/python -m ensurepip > /dev/null 2>&1 || python3 -m venv .venv || { rm -rf .venv; echo "python3 could not make .venv; on Debian and Ubuntu: apt install python3-venv."; exit 1; }
 	$(BIN)/python -m pip install --quiet "uv>=0.8"
 	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet -r requirements.txt
 	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --no-deps -e .

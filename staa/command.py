@@ -32,7 +32,7 @@ def command(main: Callable[[list[str]], int | None], usage: Callable[[], str]) -
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it flushes
         sys.exit(141)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit("staa: there is no room left on the disk of the log, or of the runs; a run goes on after its last "

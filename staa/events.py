@@ -220,7 +220,7 @@ def checked(events: np.ndarray, sensor: int, what: str) -> np.ndarray:
                             ".")
     if not np.isin(events["p"], (0, 1)).all():
         raise DataError(f"{what} has polarities other than 0 and 1; replace or remove it.")
-    if not (events["t"][1:] >= events["t"][:-1]).all() or not np.isfinite(events["t"][-1:]).all():
+    if not (events["t"][1:] >= events["t"][:-1]).all() or not np.isfinite(events["t"][[0, -1]]).all():
         raise DataError(f"{what} has unsorted time stamps, or such that are no number; replace or remove it.")
     found = np.empty(len(events), EVENT)
     for name in EVENT.names or ():

@@ -46,7 +46,8 @@ class DCT(Computed):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        self.basis.copy_(torch.kron(dct(self.k), dct(self.k)))
+        with torch.device(self.basis.device if self.basis.is_meta else "cpu"):
+            self.basis.copy_(torch.kron(dct(self.k), dct(self.k)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, 2 * ((self.k - 1) // 2, self.k // 2))

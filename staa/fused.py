@@ -60,7 +60,7 @@ def compiler(device: str) -> bool:
 
 
 @functools.cache
-def triton(device: str) -> bool:
+def triton_works(device: str) -> bool:
     """Whether a kernel written by hand works here; the same warning. torch.compile takes seconds more to find out."""
     def launch():
         from .kernels import over_batch  # Triton is not everywhere

@@ -25,8 +25,8 @@ from .fused import (
 )
 from .surrogate import RECTANGLE, Surrogate, at_the_threshold
 
-#: Elements of one slice on a CPU.
-SLICE = 2 ** 19
+#: Elements of one slice on a CPU, and time steps that the kernels on a GPU have at most: each is compiled.
+SLICE, LONGEST = 2 ** 19, 32
 
 
 class _LIF(torch.autograd.Function):
@@ -34,7 +34,7 @@ class _LIF(torch.autograd.Function):
     def forward(ctx, x: Tensor, numbers: tuple, surrogate: Surrogate):
         ctx.save_for_backward(x)
         ctx.numbers, ctx.surrogate, ctx.last = numbers, surrogate, is_channels_last(x)
-        ctx.by_hand = is_large(x) and written_by_hand(x, surrogate)
+        ctx.by_hand = is_large(x) and len(x) <= LONGEST and written_by_hand(x, surrogate)
         ctx.compiles = not ctx.by_hand and compiles(x)
         s = empty_for_rows(x, ctx.last)
         rows, s_rows = flat(x, ctx.last), flat(s, ctx.last)
@@ -71,7 +71,7 @@ def lif(x: Tensor, numbers: tuple, surrogate: Surrogate) -> Tensor:
 
 def written_by_hand(x: Tensor, surrogate: Surrogate) -> bool:
     """Whether there are kernels for it, and they work: on a GPU, with the paper's surrogate, in float32 or less."""
-    return fused.on_gpu(x) and surrogate is RECTANGLE and x.dtype != torch.float64 and fused.triton(x.device.type)
+    return fused.on_gpu(x) and surrogate is RECTANGLE and x.dtype != torch.float64 and fused.triton_works(x.device.type)
 
 
 def as_compiled(numbers: tuple, x: Tensor) -> tuple[Tensor, bool]:

@@ -6,32 +6,33 @@ takes longer to find what was compiled than the GPU takes to run it. Here one ke
 goes through all time steps of some neurons, which lie in memory side by side.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 from .fused import cdiv, on
 from .kernels_lif import lif, lif_backward
 
-#: Bytes of a time step that a thread reads at once, and the potentials that it holds in registers at most.
+#: Bytes of a time step that a thread reads at once, and the potentials of the backward pass that it holds at once.
 BYTES, POTENTIALS, WARPS = 16, 64, 4
 
 
-def launch(kernel, tensors: tuple[Tensor, ...], *numbers: float) -> None:
-    """A kernel over tensors (T, N). Products and sums are rounded one by one, as in the equations: spikes are equal."""
-    x = tensors[0]
-    T, N = x.shape
-    each = BYTES // x.element_size()
-    size = 32 * WARPS * each
-    with on(x.device):
-        kernel[(cdiv(N, size),)](*tensors, *map(float, numbers), N, T=T, BN=size, HELD=POTENTIALS // each,
-                                        num_warps=WARPS, enable_fp_fusion=False)
+def forward(x: Tensor, s: Tensor, *numbers: float) -> None:
+    """Spikes for the current x (T, N) into s. numbers: those of `LIF.numbers`."""
+    *equations, _ = numbers  # a is the gradient's
+    launch(lif, (x, s), equations)
 
 
-def forward(x: Tensor, s: Tensor, decay: float, gain: float, v_th: float, v_reset: float, a: float) -> None:
-    """Spikes for the current x (T, N) into s. The numbers are those of `LIF.numbers`."""
-    launch(lif, (x, s), decay, gain, v_th, v_reset)
-
-
-def backward(x: Tensor, ds: Tensor, dx: Tensor, decay: float, gain: float, v_th: float, v_reset: float,
-             a: float) -> None:
+def backward(x: Tensor, ds: Tensor, dx: Tensor, *numbers: float) -> None:
     """The gradient of x into dx, from that of its spikes."""
-    launch(lif_backward, (x, ds, dx), decay, gain, v_th, v_reset, a)
+    launch(lif_backward, (x, ds, dx), numbers, HELD=POTENTIALS * x.element_size() // BYTES)
+
+
+def launch(kernel: Any, tensors: Sequence[Tensor], numbers: Sequence[float], **held: int) -> None:
+    """A kernel over tensors (T, N). Products and sums are rounded one by one, as in the equations: spikes are equal."""
+    T, N = tensors[0].shape
+    size = 32 * WARPS * BYTES // tensors[0].element_size()
+    with on(tensors[0].device):
+        kernel[(cdiv(N, size),)](*tensors, *map(float, numbers), N, T=T, BN=size, **held, num_warps=WARPS,
+                                 enable_fp_fusion=False)

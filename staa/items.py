@@ -27,16 +27,18 @@ def parameters(words: list[str]) -> Settings:
 
 
 def vouch(configs: list[Config]) -> tuple[list[Config], list[Config]]:
-    """Copy the finished records of these runs to data/records: (copied or there before, without a record)."""
+    """Copy the finished records of these runs to data/records: (copied or there before, without a record). Raises
+    RecordError where data/networks has the network of another training of one of them."""
     found = {config: records.find(config) for config in configs}
+    places = {config: records.folder("records") / f"{config.name}.json" for config in configs}
     for config, record in found.items():
-        vouched = records.folder("records") / f"{config.name}.json"
-        if record and weights.shipped_file(config).is_file() and vouched.is_file() and (
-                Record.load(vouched).outcome != record.outcome):
+        there = Record.load(places[config]) if places[config].is_file() else None
+        if record and weights.shipped_file(config).is_file() and (there is None or there.outcome != record.outcome):
             raise RecordError(f"data/networks holds the network of another training of {config}; `ship {config.name}` "
                               "puts this one with its record in its place.")
+    for config, record in found.items():
         if record:
-            record.save(vouched)
+            record.save(places[config])
     return [c for c in configs if found[c]], [c for c in configs if not found[c]]
 
 

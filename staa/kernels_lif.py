@@ -27,7 +27,7 @@ def step(hm, x, n, there, decay, gain, v_th, v_reset):
 
 
 @triton.jit
-def lif(x, s, decay, gain, v_th, v_reset, N, T: tl.constexpr, BN: tl.constexpr, HELD: tl.constexpr):
+def lif(x, s, decay, gain, v_th, v_reset, N, T: tl.constexpr, BN: tl.constexpr):
     """Spikes s for the current x, both (T, N)."""
     n, there = some_neurons(N, BN)
     hm = tl.zeros([BN], tl.float32) + v_reset

@@ -86,6 +86,15 @@ class LIF(nn.Module):
             spikes.append(s)
         return over_time(spikes).to(x.dtype)
 
+    def _load_from_state_dict(self, state, prefix, metadata, *given) -> None:
+        """Where parameters are not copied, but put in their places, what is `Computed` goes where they are."""
+        super()._load_from_state_dict(state, prefix, metadata, *given)
+        if metadata.get("assign_to_params_buffers"):
+            device = next((t.device for name, t in state.items() if name.startswith(prefix)), None)
+            for module in self.modules():
+                if isinstance(module, Computed) and any(b.is_meta for b in module.buffers(recurse=False)):
+                    module.to_empty(device=device)
+
     def numbers(self) -> tuple:
         """decay, gain, threshold and reset, and the surrogate's settings."""
         return self.decay, self.gain, self.v_th, self.v_reset, self.a
@@ -109,17 +118,14 @@ def unchanged(neuron: nn.Module, equations: dict[str, Callable]) -> bool:
 
 
 class Computed(nn.Module):
-    """A module with buffers that `reset_parameters` computes, and that are in no state: once more where a state is
-    loaded, since in a network that was built on the meta device nobody has yet."""
+    """A module that `reset_parameters` computes buffers of, which are in no state: once more where a state is loaded,
+    since in a network that was built on the meta device nobody has yet."""
 
     reset_parameters: Callable[[], None]
 
-    def _load_from_state_dict(self, state, prefix, metadata, *given) -> None:
-        super()._load_from_state_dict(state, prefix, metadata, *given)
-        computed = list(self.buffers(recurse=False))
-        if any(b.is_meta for b in computed) and metadata.get("assign_to_params_buffers"):
-            self.to_empty(device=next((t.device for t in state.values()), "cpu"))
-        if computed:
+    def _load_from_state_dict(self, *given) -> None:
+        super()._load_from_state_dict(*given)
+        if list(self.buffers(recurse=False)):
             self.reset_parameters()
 
 

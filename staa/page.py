@@ -74,8 +74,8 @@ class Item:
 
 
 def executed_as_it_stands(notebook: Path) -> bool:
-    """Whether every cell was executed, none with an error, and papermill injected no parameters: `make table1` leaves
-    what it came to, with the parameters that it was given."""
+    """Whether every cell was executed, none with an error, and papermill injected no parameters, as `make table1` does
+    where it is given some."""
     try:
         cells = [c for c in json.loads(notebook.read_text("utf-8"))["cells"] if c.get("cell_type") == "code"]
         return all(c["execution_count"] and "injected-parameters" not in c["metadata"].get("tags", [])
@@ -88,9 +88,9 @@ def source(name: str, tag: str = "") -> str:
     """The first cell of a notebook, or the one with this tag; nothing where there is none."""
     try:
         cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text("utf-8"))["cells"]
-    except (ValueError, LookupError, TypeError):
+        return "".join(next((c["source"] for c in cells if not tag or tag in c["metadata"].get("tags", [])), ""))
+    except (ValueError, LookupError, TypeError, AttributeError):
         return ""
-    return "".join(next((c["source"] for c in cells if not tag or tag in c["metadata"].get("tags", [])), ""))
 
 
 def items() -> list[Item]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import fused
-from .fused import cdiv, first_derivative, next_power_of_2, on
+from .fused import cdiv, next_power_of_2, on
 
 #: Numbers of the result that a program computes, and of how many channels.
 ELEMENTS, CHANNELS = 1024, 64
@@ -27,26 +27,37 @@ class AvgPool2d(nn.AvgPool2d):
                 and fused.usable(x) and fused.on_gpu(x) and not torch.compiler.is_compiling()
                 and x.dim() == 4 and x.dtype != torch.float64 and x.shape[2] % K == x.shape[3] % K == 0
                 and x.is_contiguous(memory_format=torch.channels_last) and fused.is_large(x, x.shape[1])
-                and fused.triton(x.device.type))
+                and fused.triton_works(x.device.type))
 
 
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, K: int):
         from .kernels_pool import pool  # Triton is not everywhere
-        ctx.shape = x.shape
+        ctx.shape, ctx.K = x.shape, K
         out = empty(x, (*x.shape[:2], x.shape[2] // K, x.shape[3] // K))
         launch(pool, x, out, K, out.shape)
         return out
 
     @staticmethod
-    @first_derivative
     def backward(ctx, dout: Tensor):
+        return _Spread.apply(dout, ctx.K, ctx.shape), None
+
+
+class _Spread(torch.autograd.Function):
+    """The gradient of `_Pool`, which is linear: they are each other's."""
+
+    @staticmethod
+    def forward(ctx, dout: Tensor, K: int, shape: torch.Size):
         from .kernels_pool import pool_backward
-        dx = empty(dout, ctx.shape)
-        launch(pool_backward, dout.contiguous(memory_format=torch.channels_last), dx, ctx.shape[3] // dout.shape[3],
-               dout.shape)
-        return dx, None
+        ctx.K = K
+        dx = empty(dout, shape)
+        launch(pool_backward, dout, dx, K, dout.shape)
+        return dx
+
+    @staticmethod
+    def backward(ctx, ddx: Tensor):
+        return _Pool.apply(ddx, ctx.K), None, None
 
 
 def empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -59,4 +70,5 @@ def launch(kernel: Any, x: Tensor, out: Tensor, K: int, means: torch.Size) -> No
     BC = min(next_power_of_2(C), CHANNELS)
     BP = ELEMENTS // BC
     with on(x.device):
-        kernel[(cdiv(B * h * w, BP), cdiv(C, BC))](x, out, B * h * w, w=w, C=C, K=K, BP=BP, BC=BC)
+        kernel[(cdiv(B * h * w, BP), cdiv(C, BC))](x.contiguous(memory_format=torch.channels_last), out, B * h * w, w=w,
+                                                   C=C, K=K, BP=BP, BC=BC)

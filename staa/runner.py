@@ -19,7 +19,7 @@ from .records import Record
 from .settings import TrainingError
 from .train import run
 
-#: After so many runs that were killed when trained alone, the rest is given up.
+#: After so many runs whose processes were killed when trained alone, the rest is left.
 KILLED = 3
 
 
@@ -69,17 +69,18 @@ def _outcomes(configs, log, networks):
     # Longest first, so that no core is left with a long run at the end.
     left = sorted(configs, key=lambda c: c.epochs * c.T * (1 + (c.network == "resnet19")), reverse=True)
     alone, killed = 0, 0  # how many are trained one by one, to see which of them ends its process
-    while left:
+    while left and killed < KILLED:
         trained = left[:alone] or left
         lost = yield from _together(trained, 1 if alone else jobs, log, networks)
+        left = lost + left[len(trained):]
         if alone and lost:
             killed += 1
-            for config in lost if killed == KILLED else lost[:1]:
-                yield config, TrainingError(f"a process that trained {config} was killed, perhaps because memory was "
-                                            "short; start it again, and it goes on after its last whole epoch.")
-                lost = lost[1:]
-        left = lost + left[len(trained):]
-        alone = min(jobs, len(lost))
+            yield left.pop(0), TrainingError(f"a process that trained {lost[0]} was killed, perhaps because memory was "
+                                             "short; start it again, and it goes on after its last whole epoch.")
+        alone = 0 if alone else min(jobs, len(lost))
+    for config in left:
+        yield config, TrainingError(f"{config} was left, since {KILLED} processes that train were killed; start again "
+                                    "with fewer at once, or smaller ones.")
 
 
 def _together(configs, jobs, log, networks):

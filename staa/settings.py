@@ -42,8 +42,8 @@ def likeliest(value, allowed: Iterable[str]) -> str:
 
 
 def typed(name: str, value, kind: type) -> Any:
-    """value as `kind`: a whole number may stand for a float, which is finite, and so may NumPy's numbers; nothing else
-    is converted."""
+    """value as `kind`: a whole number may stand for a float, which is finite; NumPy's numbers and fractions are
+    numbers; nothing else is converted."""
     if kind in (int, float) and isinstance(value, Integral) and not isinstance(value, bool):
         value = int(value)
         if kind is float:

@@ -20,6 +20,7 @@ from . import checkpoint, data, records
 from .checkpoint import undamaged
 from .config import Config
 from .networks import SpikingNetwork, build, skeleton
+from .pooling import AvgPool2d
 from .records import Record, RecordError
 from .settings import ConfigError, reason
 
@@ -145,8 +146,8 @@ def shipped(**settings) -> list[Record]:
              and shipped_file(Config.from_dict(record.config)).is_file()]
     if not found:
         places = " and ".join(str(records.folder(kind)) for kind in ("records", "networks"))
-        raise RecordError(f"a record and a network with {settings} were looked for in {places}, and are not there; the "
-                          "project's own lie in data (leave out STAA_RECORDS and STAA_NETWORKS).")
+        raise RecordError(f"a record and a network with {settings} were looked for in {places}, and are not there; "
+                          "where STAA_RECORDS or STAA_NETWORKS is set, leave it out for the project's own.")
     return found
 
 
@@ -221,11 +222,12 @@ def save_pretrained(network: SpikingNetwork, folder: Path | str) -> None:
     made = dict(skeleton(lambda: new_network(config, classes)).named_modules())
     there = dict(network.named_modules())
     for name in made | there:
-        kind, right = (type(modules[name]).__name__ if name in modules else None for modules in (there, made))
-        if kind != right:
-            found = f"is a {kind}" if kind else "is missing"
-            raise RecordError(f"{name} {found}, and its config {f'makes it a {right}' if right else 'has none'}: make "
-                              "the network of a config that says so.")
+        kind, right = (type(modules[name]) if name in modules else None for modules in (there, made))
+        if not alike(kind, right):
+            found = f"is a {kind.__module__}.{kind.__name__}" if kind else "is missing"
+            raise RecordError(f"{name} {found}, and its config "
+                              f"{f'makes it a {right.__module__}.{right.__name__}' if right else 'has none'}: make the "
+                              "network of a config that says so.")
         for own, value in vars(there[name]).items():
             if callable(value) and hasattr(type(there[name]), own) and own[0] != "_":
                 raise RecordError(f"{name} has a {own} of its own, which no file can hold.")
@@ -235,6 +237,13 @@ def save_pretrained(network: SpikingNetwork, folder: Path | str) -> None:
                                   f"{value}: make the network of a config that says so.")
     save(Path(folder) / MODEL, network.state_dict(), config, classes)
     records.write(Path(folder) / CONFIG, (json.dumps(described(config, classes), indent=1) + "\n").encode())
+
+
+def alike(kind: type | None, right: type | None) -> bool:
+    """Whether a module of this type does what the right one does: BN over several processes too, and torch's own
+    pooling, which networks had before ours."""
+    return kind is right or None not in (kind, right) and (
+        {kind, right} == {nn.SyncBatchNorm, nn.BatchNorm2d} or {kind, right} == {nn.AvgPool2d, AvgPool2d})
 
 
 def plain(module: nn.Module) -> dict[str, Any]:

@@ -93,11 +93,13 @@ def test_lif_by_hand_is_the_equations(shape, dtype, settings, monkeypatch):
 
 
 def test_lif_by_hand_of_more_elements_than_32_bits_count():
-    """Its last row, of steps without memory: the current's own threshold."""
-    x = torch.zeros(3, 800_000_000, device=GPU, dtype=torch.bfloat16)
+    """The last row begins beyond them. Steps without memory: the current's own threshold, and eq. 5's rectangle."""
+    x = torch.zeros(4, 800_000_000, device=GPU, dtype=torch.bfloat16)
     x[-1, -5:] = torch.tensor([2.0, 0.5, 1.0, -1.0, 3.0])
-    s = staa.LIF(decay=0.0)(x)
+    s = staa.LIF(decay=0.0)(x.requires_grad_())
     assert s[-1, -5:].tolist() == [1, 0, 1, 0, 1] and s.sum(dtype=torch.float32) == 3
+    dx, = torch.autograd.grad(s, x, torch.ones_like(s))
+    assert dx[-1, -5:].tolist() == [0, 1, 1, 0, 0] and dx.sum(dtype=torch.float32) == 2
 
 
 @pytest.mark.parametrize("shape, K", [((512, 64, 32, 32), 2), ((128, 256, 4, 4), 2), ((33, 96, 6, 9), 3)])

@@ -115,13 +115,14 @@ def test_events_of_ones_own_are_judged_as_the_published_ones_are(spoil, words):
 @pytest.mark.parametrize("name, kind, value, words", [
     ("p", np.int8, -1, "polarities other than 0 and 1"), ("p", np.float32, np.nan, "polarities other than 0 and 1"),
     ("t", np.float64, np.nan, "unsorted time stamps, or such that are no number"),
-    ("t", np.float64, np.inf, "unsorted time stamps, or such that are no number")])
+    ("t", np.float64, np.inf, "unsorted time stamps, or such that are no number"),
+    ("t", np.float64, -np.inf, "unsorted time stamps, or such that are no number")])
 def test_events_are_darker_or_brighter_and_at_a_time(name, kind, value, words):
     """Whatever type they are stored in; at the end, where infinity is sorted."""
     found = recording()
     found = found.astype([(n, kind if n == name else found.dtype[n]) for n in found.dtype.names])
     assert events.checked(found, 34, "it").dtype == EVENT
-    found[name][-1] = value
+    found[name][0 if value == -np.inf else -1] = value
     with pytest.raises(DataError, match=f"^it has {words}; replace or remove it.$"):
         events.checked(found, 34, "it")
 

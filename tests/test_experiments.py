@@ -322,17 +322,38 @@ def test_several_at_once_are_told_whether_their_networks_are_needed(monkeypatch)
         assert all(config.seed == seed for config, (seed, _) in found)
 
 
-@pytest.mark.parametrize("seeds, made", [((0, 1, 2, 3, 4), (0, 2, 4)), ((1, 3, 5, 7), ())])
-def test_a_killed_process_costs_its_own_run_alone(seeds, made, monkeypatch):
-    """As the system kills one where memory is short. Where three were killed alone, the rest is given up."""
+def test_a_killed_process_costs_its_own_run_alone(monkeypatch):
+    """As the system kills one where memory is short."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(runner.devices, "cores", lambda: 2)
     monkeypatch.setattr(runner, "attempt", faults.killed_with_odd_seeds)
-    found = {config.seed: outcome for config, outcome in runner._outcomes([Config(seed=s) for s in seeds], print, False)}
-    assert found.keys() == set(seeds) and all(found[seed] == seed for seed in made)
-    for seed in set(seeds) - set(made):
-        assert isinstance(found[seed], TrainingError) and "was killed, perhaps because memory was short" in str(found[seed])
-    assert not active_children()
+    found = {config.seed: outcome for config, outcome in runner._outcomes([Config(seed=s) for s in (0, 1, 2)], print, False)}
+    assert found.keys() == {0, 1, 2} and (found[0], found[2]) == (0, 2) and not active_children()
+    assert isinstance(found[1], TrainingError) and "seed=1 was killed, perhaps because memory was short" in str(found[1])
+
+
+@pytest.mark.parametrize("bad, at_once, left", [((0, 1, 4), [4, 1] * 3, {5, 6, 7}), ((2,), [4, 1, 4], set()),
+                                                (range(8), [4, 1] * 3, set(range(3, 8)))])
+def test_which_of_several_runs_was_killed_is_found_out(bad, at_once, left, monkeypatch):
+    """Of eight, four at once; where a process is killed, the executor ends the others with it. After three the rest is left."""
+    seen = []
+
+    def together(configs, jobs, log, networks):
+        seen.append(jobs)
+        for at, config in enumerate(configs):
+            begun = configs[at // jobs * jobs:][:jobs]
+            if any(other.seed in bad for other in begun):
+                return configs[at:]
+            yield config, config.seed
+        return []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(runner.devices, "cores", lambda: 4)
+    monkeypatch.setattr(runner, "_together", together)
+    found = {config.seed: outcome for config, outcome in runner._outcomes([Config(seed=s) for s in range(8)], print, False)}
+    assert found.keys() == set(range(8)) and seen == at_once
+    for seed, outcome in found.items():
+        words = "was left, since 3 processes" if seed in left else "was killed" if seed in bad else None
+        assert outcome == seed if words is None else words in str(outcome), seed
 
 
 def test_where_nobody_takes_their_lines_any_more_runs_end(tmp_path, monkeypatch):

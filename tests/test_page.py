@@ -125,7 +125,8 @@ def test_outside_a_checkout_one_sentence(tmp_path, monkeypatch):
 
 
 def test_a_readers_own_sheet_is_no_item(small):
-    for name, text in {"Untitled": '{"cells": []}', "empty": "", "mine": '{"cells": [{"cell_type": "code", "source": ["x"]}]}'}.items():
+    for name, text in {"Untitled": '{"cells": []}', "empty": "", "mine": '{"cells": [{"cell_type": "code", "source": ["x"]}]}',
+                       "bare": '{"cells": [{"cell_type": "markdown"}]}', "odd": '{"cells": [1]}'}.items():
         (page.NOTEBOOKS / f"{name}.ipynb").write_text(text)
     assert {item.name for item in page.items()} == {"bad", "good"} and "good" in page.listing()
 

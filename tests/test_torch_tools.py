@@ -265,6 +265,23 @@ def test_a_network_built_without_memory_and_given_its_weights_is_the_same(fast):
                 again.to_empty(device="cpu")
             again.load_state_dict(network.state_dict(), assign=assign)
             assert torch.equal(again(x), network(x)) and network(x).std() > 0
+        with torch.device("meta"):  # where loading happens to take place does not matter
+            again.load_state_dict(network.state_dict())
+        assert torch.equal(again(x), network(x))
+
+
+@pytest.mark.parametrize("make", [lambda: STAALIF(8, 3, pe_kind="fixed"), lambda: staa.FSTALIF(8, 3)])
+def test_what_is_computed_goes_where_the_parameters_are_put(make):
+    """Another device than the CPU and "meta" there is not everywhere, so `to_empty` is asked which."""
+    with torch.device("meta"):
+        neuron = make()
+    class Elsewhere(torch.nn.Parameter):
+        device = "elsewhere"
+    computed = [m for m in neuron.modules() if isinstance(m, staa.neuron.Computed) and list(m.buffers(recurse=False))]
+    asked = []
+    computed[0].to_empty = lambda device: asked.append(device)
+    staa.LIF._load_from_state_dict(neuron, {"a.b": Elsewhere(torch.ones(1))}, "a.", {"assign_to_params_buffers": True}, False, [], [], [])
+    assert len(computed) == 1 and asked == ["elsewhere"]
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
