@@ -208,8 +208,12 @@ class Statistics:
 
 
 def started() -> bool:
-    """Whether torchrun has started this process with others."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+    """Whether torchrun has started this process with others. Raises PeerError where its variables are not its own."""
+    size, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK") or ""
+    if size != "1" and not (size.isdigit() and (rank.isdigit() or dist.is_initialized())):
+        raise PeerError(f"WORLD_SIZE is {size!r} and RANK {rank!r} in the environment, where torchrun writes numbers; "
+                        "start with it, or unset both.")
+    return int(size) > 1
 
 
 def join(device: torch.device) -> Peers:

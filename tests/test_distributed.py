@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from staa.config import Config
-from staa.distributed import ALONE, PeerError, Peers, Statistics
+from staa.distributed import ALONE, PeerError, Peers, Statistics, join
 from staa.records import Record
 from staa.train import TrainingError, gradient, run
 
@@ -144,6 +144,16 @@ def test_a_gpus_tensors_and_bn_go_by_the_gpus_group(monkeypatch):
     peers.sum(torch.ones(1))
     assert seen == ["of GPUs", None]
     assert peers.synchronise(network, torch.device("cuda")) == (network, "of GPUs")
+
+
+@pytest.mark.parametrize("size, rank", [("2", None), ("two", "0"), ("2", "x")])
+def test_variables_that_are_not_torchruns_are_refused_before_any_work(size, rank, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(PeerError, match=f"^WORLD_SIZE is '{size}' and RANK '{rank or ''}' in the environment, .*unset both.$"):
+        run(SMALL, device="cpu", workers=0, log=None)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert join(CPU) is ALONE
 
 
 def test_an_item_on_embedded_images_needs_no_preparation(root):
