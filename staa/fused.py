@@ -69,6 +69,11 @@ def triton_works(device: str) -> bool:
     return works("Triton", launch)
 
 
+def kernels_for(x: Tensor) -> bool:
+    """Whether kernels written by hand can compute x: on a GPU, in float32 or less, where Triton works."""
+    return on_gpu(x) and x.dtype != torch.float64 and triton_works(x.device.type)
+
+
 def works(what: str, attempt: Callable) -> bool:
     try:
         attempt()

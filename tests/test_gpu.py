@@ -135,7 +135,7 @@ def launches(monkeypatch):
     ((1, 2, 3, 4, 4), torch.float32, True), ((4, 2, 8, 4, 4), torch.bfloat16, True), ((4, 2, 8, 4, 4), torch.float16, False),
     ((16, 3, 5, 3, 7), torch.float32, True), ((9, 40, 5, 3, 7), torch.bfloat16, False), ((32, 1, 1, 1, 1), None, False)])
 def test_lif_by_hand(shape, dtype, channels_last, settings, launches, monkeypatch):
-    """Up to nine steps' potentials are held at once, and all, or four at a time."""
+    """With as many steps' potentials held at once as ever, 16 or in two bytes 8, and with four."""
     x = current(*shape, dtype=dtype or torch.float32, channels_last=channels_last)
     for held in (64, 16 if x.element_size() == 4 else 32):
         monkeypatch.setattr(fused_lif_gpu, "POTENTIALS", held)
