@@ -47,7 +47,7 @@ class PositionEncoding(Computed):
 
     def reset_parameters(self) -> None:
         learned = isinstance(self.weight, nn.Parameter)
-        with torch.no_grad(), torch.device(self.weight.device if self.weight.is_meta else "cpu"):
+        with torch.no_grad(), torch.device("cpu"):  # also of a meta device's, where computing takes seconds to import
             self.weight.zero_() if learned else self.weight.copy_(sinusoid(*self.weight.shape))
 
     def extra_repr(self) -> str:

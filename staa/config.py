@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from typing import get_type_hints
 
 from . import frames
@@ -113,8 +115,9 @@ class Config:
             settings = full_settings(what, getattr(self, what), names, getattr(self, f"{what}_settings"))
             object.__setattr__(self, f"{what}_settings", settings)
         try:
-            least = skeleton(lambda: build(self.network, self.neuron, T=self.T, width=self.width,
-                                           network_settings=self.network_settings, **self.neuron_settings)).min_size
+            least = min_size(NETWORKS[self.network], NEURONS[self.neuron], json.dumps(
+                dict(network=self.network, neuron=self.neuron, T=self.T, width=self.width,
+                     network_settings=self.network_settings, **self.neuron_settings), sort_keys=True))
         except ValueError as error:
             raise ConfigError(reason(error)) from None
         except Exception as error:  # torch's, of a layer too large, or that of somebody's own network
@@ -160,6 +163,13 @@ class Config:
     def from_dict(cls, settings: dict) -> "Config":
         check_names(settings)
         return cls(**settings)
+
+
+@cache
+def min_size(network: Callable, neuron: Callable, settings: str) -> int:
+    """The least image size of the network that `build` makes of these settings, as JSON. Building it takes a while, and
+    a grid has many alike. network, neuron: what the names in the settings stand for, which a reader may change."""
+    return skeleton(lambda: build(**json.loads(settings))).min_size
 
 
 def check_names(settings) -> None:

@@ -46,7 +46,7 @@ class DCT(Computed):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        with torch.device(self.basis.device if self.basis.is_meta else "cpu"):
+        with torch.device("cpu"):  # as `PositionEncoding` does
             self.basis.copy_(torch.kron(dct(self.k), dct(self.k)))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ X~ - X does not depend on space, so X~ never comes to be. All that the aggregato
 and what it has to know of the current are two means over space: the one that GC's attention weighs, and the plain one.
 Where there is a compiler, these equations and their gradient are each compiled as a whole; on a GPU, with the paper's
 surrogate, they are written by hand (`fused_staa_gpu.py`); in a network that the reader compiles, they are traced as
-they stand. Without a compiler, and for what is small, a time step is a function differentiated by hand. For the
-backward pass of a large current nothing is kept but the current (by hand, and some numbers a sample and channel); all
-the rest is computed anew.
+they stand. Without a compiler, and for what is small, operators of torch compute them, differentiated by hand
+(`fused_staa_in_place.py`). For the backward pass of a large current nothing is kept but the current (on a GPU by hand,
+and some numbers a sample and channel); all the rest is computed anew.
 
 Inside, space is one axis, and x lies as in memory: (T, B, HW, C) where the network is channels-last, and (T, B, C, HW)
 where not.
@@ -21,10 +21,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .fused import compiles, constants, first_derivative, is_channels_last, is_large, lazy_compile, membrane_type
-from .fused_lif import fire, fire_backward_in_place, reset, written_by_hand
+from .fused_lif import written_by_hand
+from .fused_staa_in_place import in_place
 from .surrogate import Surrogate
 
 
@@ -41,11 +41,8 @@ def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers:
     elif compiles(x, x.shape[2]):
         kept = torch.ones(len(x), dtype=torch.bool, device=x.device) if kept is None else kept  # one graph for both
         s = _Compiled.apply(y, space, kept, numbers, leaky, surrogate, tuple(parameters), *parameters.values())
-    elif is_large(x, x.shape[2]):
-        s = checkpoint(equations, y, space, kept, numbers, leaky, surrogate, parameters, use_reentrant=False,
-                       preserve_rng_state=False)
     else:
-        s = equations(y, space, kept, numbers, leaky, surrogate, parameters)
+        s = in_place(y, space, kept, numbers, leaky, surrogate, parameters, anew=is_large(x, x.shape[2]))
     return as_it_was(s, space, x.shape)
 
 
@@ -90,9 +87,6 @@ def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, lea
     # p (Hm + PE) + (total - p) X~ = p Hm + (total - p) X + total added + p (PE - added)
     seen, w, slope = mean + added + pe_membrane, total * added + pe_output + rest, pe_membrane - added
     hm, hm_mean, spikes = torch.zeros_like(x[0]) + v_reset, v_reset, []
-    # The numbers are tensors in `_forward` and `_backward`, also where torch runs these without compiling them.
-    to_compile = torch.compiler.is_compiling() or isinstance(v_th, Tensor)
-    one_step = step if to_compile else _Step.apply
     for t, (x_t, seen_t, w_t, slope_t) in enumerate(zip(x.unbind(), seen.unbind(), w.unbind(), slope.unbind())):
         p = zero[t] + decay
         if sa:                                                                    # (B, C), eq. 12
@@ -101,7 +95,8 @@ def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, lea
         if kept is not None:
             p, q, w_t = (torch.where(kept[t], n, dropped) for n, dropped in ((p, 1.0), (q, 1.0), (w_t, 0.0)))
         p, q, w_t = p.unsqueeze(space), q.unsqueeze(space), w_t.unsqueeze(space)
-        s, hm, hm_mean = one_step(hm, x_t, p, q, w_t, space, surrogate, v_th, v_reset, *settings)
+        s, hm = surrogate.fire(p * hm + q * x_t + w_t, v_th, v_reset, *settings)
+        hm_mean = hm.mean(space)
         if leaky:
             hm, hm_mean = v_reset + leak * (hm - v_reset), v_reset + leak * (hm_mean - v_reset)
         spikes.append(s.to(dtype))
@@ -113,44 +108,6 @@ def weighed(x: Tensor, weights: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return (x * weights.unsqueeze(-1)).sum(-2)
     return (weights.unsqueeze(-2) @ x).squeeze(-2)
-
-
-def step(hm: Tensor, x: Tensor, p: Tensor, q: Tensor, w: Tensor, space: int, surrogate: Surrogate, v_th, v_reset,
-         *settings) -> tuple[Tensor, Tensor, Tensor]:
-    """S[t], Hm[t] and its mean over space."""
-    s, hm = surrogate.fire(p * hm + q * x + w, v_th, v_reset, *settings)
-    return s, hm, hm.mean(space)
-
-
-class _Step(torch.autograd.Function):
-    """The same without a compiler, in place."""
-
-    @staticmethod
-    def potential(hm, x, p, q, w):
-        return torch.addcmul(w, p, hm).addcmul_(q, x)
-
-    @staticmethod
-    def forward(ctx, hm, x, p, q, w, space, *rule):
-        ctx.save_for_backward(hm, x, p, q, w)
-        ctx.space, ctx.rule = space, rule
-        ctx.set_materialize_grads(False)
-        surrogate, v_th, v_reset, *_ = rule
-        u, s, hm = _Step.potential(hm, x, p, q, w), torch.empty_like(x), torch.empty_like(x)
-        fire(u, s, surrogate, v_th)
-        reset(hm, u, surrogate, v_th, v_reset)
-        return s, hm, hm.mean(space)
-
-    @staticmethod
-    @first_derivative
-    def backward(ctx, ds, dhm, dmean):
-        hm, x, p, q, w = ctx.saved_tensors
-        if dmean is not None:
-            spread = (dmean / x.shape[ctx.space]).unsqueeze(ctx.space)            # over the positions whose mean it is
-            dhm = spread.expand_as(x) if dhm is None else dhm + spread
-        u, du, room = _Step.potential(hm, x, p, q, w), torch.empty_like(x), (torch.empty_like(x), torch.empty_like(x))
-        fire_backward_in_place(u, ds, dhm, 1.0, room, du, *ctx.rule)
-        sums = [(du * n).sum(ctx.space, keepdim=True) for n in (hm, x)] + [du.sum(ctx.space, keepdim=True)]
-        return (du * p if ctx.needs_input_grad[0] else None, du * q, *sums, None, *[None] * len(ctx.rule))
 
 
 class _Compiled(torch.autograd.Function):

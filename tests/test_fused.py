@@ -379,6 +379,13 @@ def test_of_a_large_current_nothing_else_is_kept(channels_last, compiler, monkey
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
+def test_of_a_small_current_the_potential_is_kept(channels_last):
+    """As large as the current; and of the aggregator what is smaller by far."""
+    x = current((4, 2, 16, 16, 16), torch.float32, channels_last)
+    assert x.nbytes <= saved_bytes(STAALIF(16, 4), x) <= 1.25 * x.nbytes
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
 def test_without_a_compiler_a_large_current_is_computed_anew(channels_last, monkeypatch):
     fused.WORTH_COMPILING = 0
     monkeypatch.setattr(fused, "compiler", lambda device: False)
