@@ -105,29 +105,33 @@ def forward(x: Tensor, z: Neuron, parameters: dict[str, Tensor], keep: bool) -> 
 
     sa = "sa.squeeze.weight" in parameters
     if sa:
-        squeeze, excite = ((parameters[f"sa.{name}.bias"], parameters[f"sa.{name}.weight"].mT)
+        squeeze, excite = ((parameters[f"sa.{name}.weight"], parameters[f"sa.{name}.bias"])
                            for name in ("squeeze", "excite"))
         seen = seen + x.mean(z.space)
-        state |= dict(pool=torch.empty_like(added), hidden=x.new_empty(T, B, len(squeeze[0])))
-    us, ps = torch.empty_like(x if keep else x[:1]), torch.full_like(added, z.decay)
-    hm, hm_mean = torch.full_like(x[0], v_reset), torch.full_like(added[0], v_reset)
-    for t, (x_t, s_t, p) in enumerate(zip(x.unbind(), s.unbind(), ps.unbind())):
+    us, hm = torch.empty_like(x if keep else x[:1]), torch.full_like(x[0], v_reset)
+    p, hm_mean = torch.full_like(added[0], z.decay), torch.full_like(added[0], v_reset)
+    pools, hiddens, ps = [], [], []
+    for t, (x_t, s_t) in enumerate(zip(x.unbind(), s.unbind())):
         if sa:                                                                    # (B, C), eq. 12
-            pool = torch.add(seen[t], hm_mean, out=state["pool"][t])
-            hidden = torch.addmm(squeeze[0], pool, squeeze[1], out=state["hidden"][t]).relu_()
-            torch.addmm(excite[0], hidden, excite[1], out=p).sigmoid_().mul_(z.alpha)
+            pools.append(seen[t] + hm_mean)
+            hiddens.append(F.linear(pools[-1], *squeeze).relu_())
+            p = F.linear(hiddens[-1], *excite).sigmoid_().mul_(z.alpha)
+        ps.append(p)
         w_t, kept = torch.addcmul(w[t], p, slope[t]), None if z.kept is None else z.kept[t]
         if kept is not None:
             w_t = torch.where(kept, w_t, 0.0)
-        p, q = z.weights(p, kept)
-        u = torch.addcmul(w_t.unsqueeze(z.space), q, x_t, out=us[t if keep else 0])
+        past, new = z.weights(p, kept)
+        u = torch.addcmul(w_t.unsqueeze(z.space), new, x_t, out=us[t if keep else 0])
         if t or v_reset:
-            u.addcmul_(p, hm)
+            u.addcmul_(past, hm)
         fire(u, s_t, surrogate, v_th)
         if t < T - 1:
             z.hand_on(u, hm)
             hm_mean = hm.mean(z.space) if sa else hm_mean
-    return s, state | dict(u=us, p=ps, slope=slope) if keep else {}
+    if not keep:
+        return s, {}
+    state |= dict(pool=torch.stack(pools), hidden=torch.stack(hiddens)) if sa else {}
+    return s, state | dict(u=us, p=torch.stack(ps), slope=slope)
 
 
 def backward(ds: Tensor, x: Tensor, z: Neuron, parameters: dict[str, Tensor],
@@ -163,8 +167,8 @@ def backward(ds: Tensor, x: Tensor, z: Neuron, parameters: dict[str, Tensor],
             torch.mm(dsqueeze[t], squeeze, out=dmean[t])
         if t:
             torch.addcmul(dmean[t].unsqueeze(z.space), p[t], du, out=dhm)
-        du.mul_(q[t])
 
+    dx.mul_(q)
     dw = dw if kept is None else dw * kept
     dseen, dslope = N * dmean, ps * dw
     dadded = z.total * dw - dslope + dseen
