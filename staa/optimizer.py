@@ -10,10 +10,12 @@ from .config import Config
 
 
 def new_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD with momentum, or AdamW, whose beta_1 is `momentum` and whose beta_2 is 0.999."""
+    """SGD with momentum, or AdamW, whose beta_1 is `momentum` and whose beta_2 is 0.999. foreach: the same in fewer
+    calls, by itself on a GPU only."""
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, config.lr, (config.momentum, 0.999), weight_decay=config.weight_decay)
-    return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(parameters, config.lr, (config.momentum, 0.999), weight_decay=config.weight_decay,
+                                 foreach=True)
+    return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay, foreach=True)
 
 
 def learning_rate(config: Config, progress: float, step: float) -> float:
