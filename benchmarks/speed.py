@@ -124,6 +124,8 @@ def neurons(shape, dtype, keep_freed, device, rounds) -> dict:
                             "STAtten's LIF": STAttenLIF()}.items():
             work = both_ways(other, x, gradient)
             cases |= {name: work, f"{name}, reference": reference(work)}
+            if name == "STAA":
+                cases[f"{name}, no compiler"] = no_compiler(work)
     return {name: summary(t) for name, t in interleaved(cases, device, rounds, keep_freed).items()}
 
 
@@ -227,6 +229,9 @@ def rows(found: dict) -> list[tuple[str, float, str, bool]]:
         # 20 bytes a neuron-step are the least, which is 2.5 copies; on a GPU 1.3 times that.
         (f"LIF {first}: our time over that of one copy", ratio(first, "LIF", "copy"), "<= 4", "<= 3.25"),
         (f"STAA {first}: the equations as they stand over ours", ratio(first, "STAA, reference", "STAA"), ">= 4", "")]
+    if "STAA, no compiler" in found[first]:
+        lines.append((f"STAA {first} without a compiler: the equations as they stand over ours",
+                      ratio(first, "STAA, reference", "STAA, no compiler"), "", ""))
     if "network" in found:  # measured last
         kept = found["MiB kept for the backward pass"]
         lines += [
