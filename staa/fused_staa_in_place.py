@@ -54,7 +54,9 @@ class Neuron(NamedTuple):
         surrogate, v_th, v_reset, *_ = self.rule
         reset(hm, u, surrogate, v_th, v_reset)
         if self.leak != 1:
-            hm.mul_(self.leak).add_(v_reset * (1 - self.leak))
+            hm.mul_(self.leak)
+            if v_reset:
+                hm.add_(v_reset * (1 - self.leak))
         return hm
 
 

@@ -207,6 +207,7 @@ def test_staa_compiled(channels_last, blocks):
 
 @few
 @given(sizes, staa_settings, lif_settings, st.booleans())
+@example((5, 3, 5, 4, 5), {"pe_place": "membrane", "beta": 0.0}, {}, True)
 def test_staa_that_leaks(shape, blocks, numbers, channels_last):
     fused.WORTH_COMPILING = WAYS["as it stands"]
     leak = {"decay": numbers["decay"]} if "decay" in numbers else {}
