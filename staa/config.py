@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from typing import get_type_hints
@@ -115,9 +115,10 @@ class Config:
             settings = full_settings(what, getattr(self, what), names, getattr(self, f"{what}_settings"))
             object.__setattr__(self, f"{what}_settings", settings)
         try:
-            least = min_size(NETWORKS[self.network], NEURONS[self.neuron], json.dumps(
-                dict(network=self.network, neuron=self.neuron, T=self.T, width=self.width,
-                     network_settings=self.network_settings, **self.neuron_settings), sort_keys=True))
+            made = NETWORKS[self.network], NEURONS[self.neuron]
+            known = min_size if all(isinstance(factory, Hashable) for factory in made) else min_size.__wrapped__
+            least = known(*made, json.dumps(dict(network=self.network, neuron=self.neuron, T=self.T, width=self.width,
+                                                 network_settings=self.network_settings, **self.neuron_settings)))
         except ValueError as error:
             raise ConfigError(reason(error)) from None
         except Exception as error:  # torch's, of a layer too large, or that of somebody's own network

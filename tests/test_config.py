@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Optional
 
@@ -230,6 +231,27 @@ def test_a_setting_need_be_neither_keyword_only_nor_annotated(monkeypatch):
     assert {layer.decay for layer in neurons(build("resnet20", "mine", tau=4.0, width=1 / 16)).values()} == {0.75}
     with pytest.raises(ConfigError, match="neuron_settings of mine must be among tau, detach, got 'hook'"):
         Config(neuron="mine", neuron_settings={"hook": 1})
+
+
+def test_what_a_name_stands_for_may_change(monkeypatch):
+    """Where the settings are those of a network that was looked at already."""
+    monkeypatch.setitem(NETWORKS, "mine", NETWORKS["resnet19"])
+    assert [Config(network="mine", image_size=8, seed=seed).image_size for seed in range(2)] == [8, 8]
+    monkeypatch.setitem(NETWORKS, "mine", NETWORKS["resnet18"])
+    with pytest.raises(ConfigError, match="image_size of mine must be at least 32, got 8"):
+        Config(network="mine", image_size=8)
+
+
+def test_a_factory_that_cannot_be_hashed(monkeypatch):
+    @dataclass
+    class Factory:
+        decay: float
+
+        def __call__(self, channels, T):
+            return LIF(decay=self.decay)
+
+    monkeypatch.setitem(NEURONS, "mine", Factory(0.5))
+    assert Config(neuron="mine").neuron_settings == {}
 
 
 def test_a_network_that_computes_while_it_is_built_is_a_network(monkeypatch):
