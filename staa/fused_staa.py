@@ -105,9 +105,7 @@ def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, lea
 
 def weighed(x: Tensor, weights: Tensor) -> Tensor:
     """The sum over n of x (T, B, n, m), weighed by (T, B, n); a matrix product would be compiled by itself."""
-    if torch.compiler.is_compiling():
-        return (x * weights.unsqueeze(-1)).sum(-2)
-    return (weights.unsqueeze(-2) @ x).squeeze(-2)
+    return (x * weights.unsqueeze(-1)).sum(-2)
 
 
 class _Compiled(torch.autograd.Function):

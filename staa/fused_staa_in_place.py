@@ -144,10 +144,9 @@ def backward(ds: Tensor, x: Tensor, z: Neuron, parameters: dict[str, Tensor],
     kept = None if z.kept is None else z.kept.view(-1, 1, 1)
     gradients: dict[str, Tensor] = {}
 
-    def linear_backward(name: str, dy: Tensor, y: Tensor) -> Tensor:
+    def weights_of(name: str, dy: Tensor, y: Tensor) -> None:
         gradients[f"{name}.weight"] = dy.flatten(0, 1).mT @ y.flatten(0, 1)
         gradients[f"{name}.bias"] = dy.sum((0, 1))
-        return dy @ parameters[f"{name}.weight"]
 
     dx, dw, dmean = torch.empty_like(x), torch.empty_like(ps), torch.zeros_like(ps)  # dmean: for each position
     p, q = z.weights(ps, kept)
@@ -176,14 +175,16 @@ def backward(ds: Tensor, x: Tensor, z: Neuron, parameters: dict[str, Tensor],
     dadded = z.total * dw - dslope + dseen
     gradients["pe_membrane.weight"], gradients["pe_output.weight"] = z.leak * (dslope + dseen).sum(1), dw.sum(1)
     if sa:
-        linear_backward("sa.excite", dexcite, state["hidden"])
-        linear_backward("sa.squeeze", dsqueeze, state["pool"])
+        weights_of("sa.excite", dexcite, state["hidden"])
+        weights_of("sa.squeeze", dsqueeze, state["pool"])
     if "k" in state:
-        dnormed = linear_backward("gc.value", dadded, state["normed"]) * (state["normed"] > 0)
+        weights_of("gc.value", dadded, state["normed"])
+        dnormed = (dadded @ parameters["gc.value.weight"]) * (state["normed"] > 0)
         dq, gradients["gc.norm.weight"], gradients["gc.norm.bias"] = torch.ops.aten.native_layer_norm_backward(
             dnormed, state["q"], dnormed.shape[-1:], state["mean"], state["scale"], parameters["gc.norm.weight"],
             parameters["gc.norm.bias"], [True, True, True])
-        dcontext = linear_backward("gc.query", dq, state["context"])
+        weights_of("gc.query", dq, state["context"])
+        dcontext = dq @ parameters["gc.query.weight"]
         k, key, y = state["k"], parameters["gc.key.weight"], x if z.space == -2 else x.mT
         dk = (dcontext.unsqueeze(-2) @ y.mT).squeeze(-2)
         dlogits = k * (dk - (k * dk).sum(-1, keepdim=True))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from staa import LIF, NETWORKS, NEURONS, Config, build, neurons
-from staa.config import LATER
+from staa.config import LATER, min_size
 from staa.networks import VGG
 from staa.settings import ConfigError, settings_of
 
@@ -236,7 +236,9 @@ def test_a_setting_need_be_neither_keyword_only_nor_annotated(monkeypatch):
 def test_what_a_name_stands_for_may_change(monkeypatch):
     """Where the settings are those of a network that was looked at already."""
     monkeypatch.setitem(NETWORKS, "mine", NETWORKS["resnet19"])
+    looked_at = min_size.cache_info().misses
     assert [Config(network="mine", image_size=8, seed=seed).image_size for seed in range(2)] == [8, 8]
+    assert min_size.cache_info().misses == looked_at + 1
     monkeypatch.setitem(NETWORKS, "mine", NETWORKS["resnet18"])
     with pytest.raises(ConfigError, match="image_size of mine must be at least 32, got 8"):
         Config(network="mine", image_size=8)
