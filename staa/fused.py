@@ -3,9 +3,9 @@
 
 A neuron is limited by memory traffic: for the backward pass of a large current the membrane potential is not kept, but
 computed anew. There are three ways: the equations compiled (Inductor, Triton); for the LIF and the STAA neuron on a
-GPU, with the paper's surrogate, kernels written by hand; and, where there is no compiler or a current is too small to
-compile for, operators in place. (One difference: where a potential is NaN or infinite, it and its gradients are NaN
-after the reset in the equations, and may be 0 here.)
+GPU, with the paper's surrogate, kernels written by hand; and, where there is no compiler or nothing to gain by it,
+operators in place. (One difference: where a potential is NaN or infinite, it and its gradients are NaN after the reset
+in the equations, and may be 0 here.)
 
 `staa.fused.enabled = False`, or STAA_FUSED=0 in the environment, switches all off. Membrane potentials are float32 for
 currents of lower precision, and of the current's type otherwise.
@@ -46,9 +46,10 @@ def is_large(x: Tensor, channels: int = 64) -> bool:
     return x.numel() * max(channels, 64) >= WORTH_COMPILING * 64
 
 
-def compiles(x: Tensor, channels: int = 64) -> bool:
-    """Whether x is worth compiling for, and there is a compiler for its device."""
-    return is_large(x, channels) and compiler(x.device.type)
+def compiles(x: Tensor, differentiated: bool, channels: int = 64) -> bool:
+    """Whether x is worth compiling for, and there is a compiler for its device. On a CPU only where a gradient will be
+    asked for: on the way forward, operators in place are nearly as fast."""
+    return is_large(x, channels) and (differentiated or on_gpu(x)) and compiler(x.device.type)
 
 
 @functools.cache

@@ -35,7 +35,7 @@ class _LIF(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.numbers, ctx.surrogate, ctx.last = numbers, surrogate, is_channels_last(x)
         ctx.by_hand = is_large(x) and len(x) <= LONGEST and written_by_hand(x, surrogate)
-        ctx.compiles = not ctx.by_hand and compiles(x)
+        ctx.compiles = not ctx.by_hand and compiles(x, ctx.needs_input_grad[0])
         s = empty_for_rows(x, ctx.last)
         rows, s_rows = flat(x, ctx.last), flat(s, ctx.last)
         if ctx.by_hand:

@@ -8,9 +8,9 @@ X~ - X does not depend on space, so X~ never comes to be. All that the aggregato
 and what it has to know of the current are two means over space: the one that GC's attention weighs, and the plain one.
 Where there is a compiler, these equations and their gradient are each compiled as a whole; on a GPU, with the paper's
 surrogate, they are written by hand (`fused_staa_gpu.py`); in a network that the reader compiles, they are traced as
-they stand. Without a compiler, and for what is small, operators of torch compute them, differentiated by hand
-(`fused_staa_in_place.py`). For the backward pass of a large current nothing is kept but the current (on a GPU by hand,
-and some numbers a sample and channel); all the rest is computed anew.
+they stand. Where there is none, for what is small, and on a CPU where no gradient is asked for, operators of torch
+compute them, differentiated by hand (`fused_staa_in_place.py`). For the backward pass of a large current nothing is kept
+but the current (on a GPU by hand, and some numbers a sample and channel); all the rest is computed anew.
 
 Inside, space is one axis, and x lies as in memory: (T, B, HW, C) where the network is channels-last, and (T, B, C, HW)
 where not.
@@ -38,12 +38,17 @@ def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers:
     elif is_large(x, x.shape[2]) and is_by_hand(x, surrogate, parameters):
         from .fused_staa_gpu import by_hand  # Triton, which is not everywhere
         s = by_hand(y, space, kept, numbers, leaky, parameters)
-    elif compiles(x, x.shape[2]):
+    elif compiles(x, is_differentiated(x, *parameters.values()), x.shape[2]):
         kept = torch.ones(len(x), dtype=torch.bool, device=x.device) if kept is None else kept  # one graph for both
         s = _Compiled.apply(y, space, kept, numbers, leaky, surrogate, tuple(parameters), *parameters.values())
     else:
         s = in_place(y, space, kept, numbers, leaky, surrogate, parameters, anew=is_large(x, x.shape[2]))
     return as_it_was(s, space, x.shape)
+
+
+def is_differentiated(*tensors: Tensor) -> bool:
+    """Whether autograd notes what is computed of them."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def is_by_hand(x: Tensor, surrogate: Surrogate, parameters: dict[str, Tensor]) -> bool:

@@ -1,4 +1,4 @@
-"""The STAA neuron where there is no compiler, or too little to compile for: in operators of torch, where possible into
+"""The STAA neuron where there is no compiler, or nothing to gain by it: in operators of torch, where possible into
 tensors that are there already, and differentiated by hand. What it computes stands in `attention.py`, in the order of
 `fused_staa.py`, whose letters these are; this file is tested against it.
 

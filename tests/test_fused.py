@@ -576,6 +576,26 @@ def test_with_more_channels_less_is_worth_compiling(monkeypatch):
     assert called == [(4, 2, 128, 4), (4, 2, 8, 128)] and fused.is_large(torch.empty(fused.WORTH_COMPILING))
 
 
+@pytest.mark.parametrize("neuron", [LIF(), STAALIF(4, 3)])
+def test_on_a_cpu_only_what_is_differentiated_is_compiled(neuron, monkeypatch):
+    asked, x = [], current((3, 2, 4, 5, 6), torch.float32)
+    monkeypatch.setattr(fused, "compiler", lambda device: bool(asked.append(device)))
+    fused.WORTH_COMPILING = WAYS["compiled"]
+    with torch.no_grad():
+        neuron(x)
+    neuron.requires_grad_(False)(x)
+    assert asked == []
+    neuron(x.clone().requires_grad_())
+    neuron.requires_grad_()(x)
+    assert len(asked) == 1 + any(True for _ in neuron.parameters()), "for the weights' gradients, too"
+    monkeypatch.setattr(fused, "on_gpu", lambda x: True)
+    monkeypatch.setattr(fused, "triton_works", lambda device: False)
+    before = len(asked)
+    with torch.no_grad():
+        neuron(x)
+    assert len(asked) > before
+
+
 @pytest.mark.parametrize("neuron", [LIF(), STAALIF(4, 3).double(), STAALIF(4, 3, sa=False, beta=0.5).double()])
 def test_what_torch_will_not_compile_is_computed_all_the_same(neuron):
     """As under a dispatch mode, and beyond torch's limit of recompilations."""
@@ -585,12 +605,12 @@ def test_what_torch_will_not_compile_is_computed_all_the_same(neuron):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("neuron", [LIF(), FSTALIF(4, 3, temporal=False, spatial=False), STAALIF(4, 3)])
+@pytest.mark.parametrize("neuron", [LIF(), FSTALIF(4, 3, temporal=False, spatial=False), STAALIF(4, 3).double()])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_spikes_may_be_changed_in_place(neuron, way, channels_last):
     """As a ReLU's output may, by a shortcut or dropout; and so may the neuron's input, where its gradient is not asked."""
     fused.WORTH_COMPILING = WAYS[way]
-    x = current((3, 2, 4, 5, 6), torch.float32, channels_last).requires_grad_()
+    x = current((3, 2, 4, 5, 6), channels_last=channels_last).requires_grad_()
     changed = neuron(x)
     changed += x
     changed.sum().backward()
@@ -607,11 +627,11 @@ def test_spikes_may_be_changed_in_place(neuron, way, channels_last):
 def test_torchs_settings_hold_in_every_thread():
     """A thread of its own, as a GPU's backward pass has, stops compiling no sooner."""
     fused.WORTH_COMPILING = WAYS["compiled"]
-    LIF()(current((2, 3)))
+    LIF()(current((2, 3)).requires_grad_())
     seen = []
 
     def work():
-        LIF()(current((2, 3)))
+        LIF()(current((2, 3)).requires_grad_())
         seen.append((torch._dynamo.config.recompile_limit, torch.fx.experimental._config.use_duck_shape))
     thread = threading.Thread(target=work)
     thread.start()

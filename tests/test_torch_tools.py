@@ -249,7 +249,7 @@ def test_there_is_room_for_many_time_steps_among_what_is_compiled(monkeypatch):
     """Each T is compiled for by itself, and beyond torch's limit of eight a function runs as slowly as it stands."""
     if fused.compiler("cpu"):
         monkeypatch.setattr(fused, "WORTH_COMPILING", 0)
-        staa.LIF()(torch.randn(2, 3, 4))  # the first current in this process, or a later one
+        staa.LIF()(torch.randn(2, 3, 4, requires_grad=True))  # the first current in this process, or a later one
         assert torch._dynamo.config.recompile_limit >= 64
 
 
