@@ -9,8 +9,8 @@ and what it has to know of the current are two means over space: the one that GC
 Where there is a compiler, these equations and their gradient are each compiled as a whole; on a GPU, with the paper's
 surrogate, they are written by hand (`fused_staa_gpu.py`); in a network that the reader compiles, they are traced as
 they stand. Where there is none, for what is small, and on a CPU where no gradient is asked for, operators of torch
-compute them, differentiated by hand (`fused_staa_in_place.py`). For the backward pass of a large current nothing is kept
-but the current (on a GPU by hand, and some numbers a sample and channel); all the rest is computed anew.
+compute them, differentiated by hand (`fused_staa_in_place.py`). For the backward pass of a large current nothing is
+kept but the current (on a GPU by hand, and some numbers a sample and channel); all the rest is computed anew.
 
 Inside, space is one axis, and x lies as in memory: (T, B, HW, C) where the network is channels-last, and (T, B, C, HW)
 where not.
