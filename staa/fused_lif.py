@@ -23,7 +23,7 @@ from .fused import (
     lazy_compile,
     membrane_type,
 )
-from .surrogate import RECTANGLE, Surrogate, at_the_threshold
+from .surrogate import RECTANGLE, Surrogate, above_the_threshold, at_the_threshold
 
 #: Elements of one slice on a CPU, and time steps that the kernels on a GPU have at most: each is compiled.
 SLICE, LONGEST = 2 ** 19, 32
@@ -148,35 +148,46 @@ def fire(u: Tensor, s: Tensor, surrogate: Surrogate, v_th: float) -> None:
     """s = 1 where u fires, else 0: eq. 2."""
     if surrogate.fires is at_the_threshold:
         torch.ge(u, v_th, out=s)
+    elif surrogate.fires is above_the_threshold:
+        torch.gt(u, v_th, out=s)
     else:
         s.copy_(surrogate.fires(u - v_th))
 
 
 def reset(hm: Tensor, u: Tensor, surrogate: Surrogate, v_th: float, v_reset: float) -> None:
     """hm = v_reset where u fires, else u: eq. 3."""
-    if surrogate.fires is at_the_threshold and not v_reset:
-        select(u, u, -torch.inf, v_th, out=hm)
-    else:
+    if v_reset:
         hm.copy_(u).masked_fill_(surrogate.fires(u - v_th), v_reset)
+    else:
+        keep_quiet(u, u, surrogate, v_th, out=hm)
+
+
+def keep_quiet(y: Tensor, u: Tensor, surrogate: Surrogate, v_th: float, out: Tensor) -> None:
+    """y where u does not fire and 0 elsewhere; out may be y. A mask of type bool would take several times as long."""
+    if surrogate.fires is at_the_threshold:
+        select(y, u, -torch.inf, v_th, out=out)
+    else:
+        s = torch.empty_like(u)
+        fire(u, s, surrogate, v_th)
+        torch.addcmul(y, y, s, value=-1, out=out)
 
 
 def fire_backward_in_place(u: Tensor, ds: Tensor, d: Tensor | None, decay: float, room: tuple[Tensor, Tensor],
                            out: Tensor, surrogate: Surrogate, v_th: float, v_reset: float, *settings: float) -> None:
     """`fire_backward` of dHm = decay d, or of no dHm where d is None, into `out`. room: two tensors to compute in, of
     which only the second may be d."""
-    if surrogate is not RECTANGLE:
-        dhm = None if d is None else decay * d
-        out.copy_(fire_backward(u, ds.to(u.dtype), dhm, surrogate, v_th, v_reset, *settings))
-        return
-    a, = settings
     through, kept = room if d is not None else (out, out)
-    if d is not None:
+    if d is not None and surrogate.through_reset:
         ds = torch.addcmul(ds, u - v_reset if v_reset else u, d, value=-decay, out=through)
-    select(ds.to(u.dtype), u, *rectangle_edges(v_th, a, u.dtype), out=through)
-    if a != 1:
-        through *= 1 / a
+    if surrogate is RECTANGLE:
+        a, = settings
+        select(ds.to(u.dtype), u, *rectangle_edges(v_th, a, u.dtype), out=through)
+        if a != 1:
+            through *= 1 / a
+    else:
+        torch.mul(ds, surrogate.gradient(u - v_th, *settings), out=through)
     if d is not None:
-        select(d, u, -torch.inf, v_th, out=kept)
+        keep_quiet(d, u, surrogate, v_th, out=kept)
         torch.add(through, kept, alpha=decay, out=out)
 
 

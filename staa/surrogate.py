@@ -67,7 +67,7 @@ def _rectangle(v: Tensor, a) -> Tensor:
 
 
 def _tanh(v: Tensor, reach, rate, peak) -> Tensor:
-    return torch.where(v.abs() <= reach, (1 - (rate * v).tanh().square()) * peak, 0.0)
+    return (v.abs() <= reach).to(v.dtype) * (1 - (rate * v).tanh().square()) * peak  # torch.where is slow
 
 
 def _sigmoid(v: Tensor, slope) -> Tensor:

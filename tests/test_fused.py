@@ -160,6 +160,25 @@ def test_somebodys_own_surrogate_is_as_fast(way, through_reset, monkeypatch):
     assert called == ["lif"]
 
 
+@pytest.mark.parametrize("through_reset", [True, False])
+def test_somebodys_own_rule_of_firing(through_reset):
+    """Later than at the threshold."""
+    fused.WORTH_COMPILING = WAYS["as it stands"]
+
+    class Late(LIF):
+        surrogate = Surrogate(arctangent, fires=lambda v: v > 0.25, through_reset=through_reset)
+
+    class LateWithAttention(STAALIF):
+        surrogate = Late.surrogate
+
+    x = torch.tensor([[1.2, 1.3]], dtype=torch.float64)
+    assert Late()(x).tolist() == [[0, 1]]
+    x = current((3, 2, 5, 4, 3), channels_last=True)
+    for neuron in (Late(), Late(v_reset=-0.2, decay=0.6), shaken(LateWithAttention(5, 3).double())):
+        assert neuron.is_plain()
+        same(neuron, x)
+
+
 def test_a_function_alone_is_no_surrogate():
     class Forgotten(LIF):
         surrogate = arctangent
