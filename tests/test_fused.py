@@ -629,7 +629,8 @@ def test_what_torch_will_not_compile_is_computed_all_the_same(neuron):
 def test_spikes_may_be_changed_in_place(neuron, way, channels_last):
     """As a ReLU's output may, by a shortcut or dropout; and so may the neuron's input, where its gradient is not asked."""
     fused.WORTH_COMPILING = WAYS[way]
-    x = current((3, 2, 4, 5, 6), channels_last=channels_last).requires_grad_()
+    dtype = next((p.dtype for p in neuron.parameters()), torch.float32)
+    x = current((3, 2, 4, 5, 6), dtype, channels_last).requires_grad_()
     changed = neuron(x)
     changed += x
     changed.sum().backward()
