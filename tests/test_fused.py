@@ -253,7 +253,8 @@ def test_lower_precision(dtype, way):
     to their own rounding."""
     fused.WORTH_COMPILING = WAYS[way]
     x = current((4, 8, 8, 6, 6), dtype, channels_last=True)
-    for neuron in LIF(), LIF(decay=0.4, gain=0.6, v_reset=-0.2):
+    plain = FSTALIF(8, 4, temporal=False, spatial=False)
+    for neuron in LIF(), LIF(decay=0.4, gain=0.6, v_reset=-0.2), plain, STAttenLIF():
         same(neuron, x, tolerance=1e-5 if dtype == torch.float32 else 2 ** -7)
     if dtype == torch.bfloat16:
         neuron = shaken(STAALIF(8, 4))
