@@ -79,6 +79,8 @@ class Captured:
                           "by one, more slowly.")
             self.possible = False
             self.release()
+            generator = torch.cuda.default_generators[self.device.index]
+            generator.graphsafe_set_state(generator.clone_state())  # its own still waits for the capture
             return False
         self.gradients = [(p, p.grad) for p in self.network.parameters() if p.grad is not None]
         return True

@@ -19,7 +19,6 @@ from .fused import (
     first_derivative,
     flat,
     is_channels_last,
-    is_large,
     lazy_compile,
     membrane_type,
 )
@@ -34,7 +33,7 @@ class _LIF(torch.autograd.Function):
     def forward(ctx, x: Tensor, numbers: tuple, surrogate: Surrogate):
         ctx.save_for_backward(x)
         ctx.numbers, ctx.surrogate, ctx.last = numbers, surrogate, is_channels_last(x)
-        ctx.by_hand = is_large(x) and len(x) <= LONGEST and written_by_hand(x, surrogate)
+        ctx.by_hand = len(x) <= LONGEST and written_by_hand(x, surrogate)  # of any size: two kernels for all
         ctx.compiles = not ctx.by_hand and compiles(x, ctx.needs_input_grad[0])
         s = empty_for_rows(x, ctx.last)
         rows, s_rows = flat(x, ctx.last), flat(s, ctx.last)

@@ -5,9 +5,9 @@ Compiled, those equations are a hundred kernels, nearly all of them shorter than
 hangs together over time is only a number a sample and channel. Here they are some twenty:
 
     context               one program an image: GC's attention over space, and the plain mean (eqs. 7, 8)
-    query, linear         GC's query, norm and value, some images a program (eqs. 8, 9)
+    query                 GC's query, norm and value, some images a program (eqs. 8, 9)
     steps                 one sample a program: SA, the potential and the spikes, step by step (eqs. 12, 14, 2, 3)
-    steps_backward, query_backward, linear, context_backward; over_images and over_batch for the parameters' gradients
+    steps_backward, query_backward, context_backward; weights and over_batch for the parameters' gradients
 
 Where a map does not fit into the registers of one program, several share it, and each time step is launched by itself:
 the mean over the whole map has to be known before the next one. What the steps before left of the potential is computed
@@ -21,16 +21,22 @@ import torch
 from torch import Tensor
 
 from .fused import cdiv, first_derivative, next_power_of_2, on
-from .kernels import linear, over_batch, over_images
+from .kernels import over_batch, weights
 from .kernels_gc import context, context_backward, query, query_backward
 from .kernels_steps import steps, steps_backward
+from .kernels_wide import wide_steps, wide_steps_backward
 
 #: Elements of a current that one program holds, step by step; where a map has more, those of the part that a program
 #: goes through, and of a tile of it. And of a tile of `context`. (These and the following were chosen on an H200.)
 WHOLE, PART, TILE, IMAGE_TILE = 16384, 32768, 4096, 2048
+EARLY, STAGES, FLOOR, BDCAP = (0, 0), (1, 1), (4, 4), 64
+#: Of these, elements to a thread; warps of `context`.
+TO_A_THREAD, IMAGE_WARPS = (64, 64), 2
 #: Elements of SA's weights that one program loads at once. From WIDE channels on they are more than its current: the
 #: forward pass loads twice as many then, with more threads.
 WEIGHTS, WIDE = 8192, 512
+#: From MANY channels on, where maps are small, a program takes SEVERAL samples, if so many PROGRAMS are left.
+MANY, SEVERAL, PROGRAMS, CHUNK = 256, 4, 64, 8192
 #: Time steps up to which a kernel is compiled for each: it takes long, and the longer the more steps are before.
 UNROLLED = 8
 #: Images whose products are summed by one program, and the most parts that are summed afterwards.
@@ -89,8 +95,8 @@ class Neuron:
         if self.pe_membrane is not None:  # it is added before Hm leaks
             self.pe_membrane = self.leak * self.pe_membrane
 
-        sizes = launch_sizes(N, C, self.H, self.Q, last=last, SA=self.SA, GC=self.GC, leaky=leaky)
-        self.whole, self.parts, self.maps, self.steps, self.steps_backward, self.queries = sizes
+        sizes = launch_sizes(B, N, C, self.H, self.Q, last=last, SA=self.SA, GC=self.GC, leaky=leaky)
+        self.whole, self.parts, self.maps, self.steps, self.steps_backward, self.queries, self.wide = sizes
 
     def new(self, *shape: int) -> Tensor:
         """An empty tensor in float32."""
@@ -110,7 +116,7 @@ class Neuron:
 
 
 @functools.cache
-def launch_sizes(N: int, C: int, H: int, Q: int, *, last: bool, SA: bool, GC: bool, leaky: bool) -> tuple:
+def launch_sizes(B: int, N: int, C: int, H: int, Q: int, *, last: bool, SA: bool, GC: bool, leaky: bool) -> tuple:
     """Whether a map fits into one program, and else how many share it; then what is compiled into GC's kernels over
     maps, into the steps there and back, and into GC's query."""
     BC, everywhere, units = map(next_power_of_2, (C, N, H))
@@ -121,12 +127,18 @@ def launch_sizes(N: int, C: int, H: int, Q: int, *, last: bool, SA: bool, GC: bo
     common = dict(last=last, SA=SA, leaky=leaky, whole=whole, N=N, C=C, H=H, span=span, parts=parts, BN=BN, BC=BC,
                   BP=min(next_power_of_2(parts), max(TILE // BC, 1)))
     BJ = max(WEIGHTS // BC, 1)
-    back = common | dict(BJ=min(BJ, units), num_warps=warps(BN * BC // 2048))
-    there = back if BC < WIDE else common | dict(BJ=min(2 * BJ, units), num_warps=16)
-    maps = dict(last=last, GC=GC, N=N, C=C, BN=min(everywhere, max(IMAGE_TILE // BC, 1)), BC=BC)
+    there, back = (common | dict(BJ=min(BJ, units), EARLY=int(BC >= 128) if i == 0 else 0, STAGES=1,
+                                 num_warps=max(warps(BN * BC // TO_A_THREAD[i] // 32), FLOOR[i])) for i in (0, 1))
+    if BC >= WIDE:
+        there |= dict(BJ=min(2 * BJ, units), num_warps=16)
+    maps = dict(last=last, GC=GC, N=N, C=C, BN=min(everywhere, max(IMAGE_TILE // BC, 1)), BC=BC, num_warps=IMAGE_WARPS if N * C >= 16384 else 1)
     BQ = max(next_power_of_2(Q), 16)
-    queries = dict(C=C, H=Q, BR=16, BD=max(min(BC, 8192 // BQ, 64), 16), BJ=BQ, num_warps=warps(BQ // 16))
-    return whole, parts, maps, there, back, queries
+    queries = dict(C=C, H=Q, BR=16, BD=max(min(BC, 8192 // BQ, 64), 16), BJ=BQ,
+                   BV=max(min(8192 // BQ, 64), 16), num_warps=warps(BQ // 16))
+    G = SEVERAL if whole and SA and BC >= MANY and B >= SEVERAL * PROGRAMS and SEVERAL * BN * BC <= WHOLE else 0
+    wide = dict(last=last, leaky=leaky, N=N, C=C, H=H, G=G, BN=BN, BC=BC, BH=max(units, 16),
+                BD=max(min(CHUNK // max(units, 16), BDCAP), 16), BJ=max(CHUNK // BC, 16), num_warps=8)
+    return whole, parts, maps, there, back, queries, wide if G else None
 
 
 def warps(wanted: int) -> int:
@@ -140,14 +152,20 @@ def forward(x: Tensor, z: Neuron) -> tuple[Tensor, tuple]:
     if z.GC or z.SA:
         context[(z.images,)](x, z.p.get("gc.key.weight"), z.pe, mean, contexts, log_denominator, z.B, **z.maps)
     if z.GC:
-        q, queried, value = z.new(z.images, z.Q), z.new(z.images, z.Q), z.new(z.images, z.C)
+        q, value = z.new(z.images, z.Q), z.new(z.images, z.C)
         query[(cdiv(z.images, 16),)](
-            contexts, z.p["gc.query.weight"].mT.contiguous(), z.p["gc.query.bias"], z.p["gc.norm.weight"],
-            z.p["gc.norm.bias"], q, queried, z.images, **z.queries)
-        multiply(queried, z.p["gc.value.weight"].mT.contiguous(), z.p["gc.value.bias"], value)
+            contexts, z.p["gc.query.weight"], z.p["gc.query.bias"], z.p["gc.norm.weight"], z.p["gc.norm.bias"],
+            z.p["gc.value.weight"], z.p["gc.value.bias"], q, value, z.images, **z.queries)
+    s = torch.empty_like(x)
+    if z.wide:
+        wide_steps[(cdiv(z.B, z.wide["G"]),)](
+            x, s, mean, value, ps, ws, pools, z.new(z.images, z.H), z.pe, z.pe_membrane, z.pe_output, z.kept,
+            z.p["sa.squeeze.weight"], z.p["sa.squeeze.bias"], z.p["sa.excite.weight"], z.p["sa.excite.bias"], z.alpha,
+            z.total, z.v_th, z.v_reset, z.leak, z.T, z.B, **z.wide)
+        return s, (pools, ps, ws, contexts, log_denominator, q, value, None)
     if z.SA:
         excite = z.p["sa.excite.weight"].mT.contiguous()
-    s, part = torch.empty_like(x), z.new(z.T, z.B, z.parts, z.C)
+    part = z.new(z.T, z.B, z.parts, z.C) if not z.whole else None
     for start, stop, unrolled in z.launches():
         steps[(z.B, z.parts)](
             x, s, mean, value, ps, ws, pools, part, z.pe, z.pe_membrane, z.pe_output, z.kept,
@@ -162,32 +180,36 @@ def backward(ds: Tensor, x: Tensor, z: Neuron, pools, ps, ws, contexts, log_deno
     # What is summed over images lies side by side, one row an image.
     widths = {"excite": z.C, "value": z.C, "squeeze": z.H}
     if z.GC:
-        widths |= {"context": z.C, "key": z.C, "query": z.Q, "norm": z.Q, "norm bias": z.Q}
+        widths |= {"context": z.C, "key": z.C, "key bias": 1, "query": z.Q, "norm": z.Q, "norm bias": z.Q}
     widths |= {place: z.C for place in ("membrane", "output") if f"pe_{place}.weight" in z.p}
     rows = z.new(z.images, sum(widths.values()))
     K, of = rows.shape[1], dict(zip(widths, rows.split(list(widths.values()), 1)))
 
     dx, squeezed, dpools = torch.empty_like(x), z.new(z.images, z.H), z.new(z.images, z.C) if z.SA else None
     dhm, part = (None, None) if z.whole else (z.new(*x.shape[1:]), z.new(2, z.T, z.B, z.parts, z.C))
-    for start, stop, unrolled in z.launches_backward():
+    if z.wide:
+        wide_steps_backward[(cdiv(z.B, z.wide["G"]),)](
+            ds, x, dx, value, ps, ws, pools, squeezed, dpools, of["excite"], of["value"], of["squeeze"],
+            of.get("membrane"), of.get("output"), z.pe, z.pe_membrane, z.kept, z.p["sa.squeeze.weight"],
+            z.p["sa.squeeze.bias"], z.p["sa.excite.weight"], K, z.alpha, z.total, z.v_th, z.v_reset, z.leak, z.a, z.T,
+            z.B, **z.wide)
+    for start, stop, unrolled in [] if z.wide else z.launches_backward():
         steps_backward[(z.B, z.parts if stop else 1)](
             ds, x, dx, dhm, value, ps, ws, pools, part, squeezed, dpools, of["excite"], of["value"], of["squeeze"],
             of.get("membrane"), of.get("output"), z.pe, z.pe_membrane, z.kept, z.p.get("sa.squeeze.weight"),
             z.p.get("sa.squeeze.bias"), excite, K, z.alpha, z.total, z.v_th, z.v_reset, z.leak, z.a, z.T, z.B,
             start, stop, unrolled, **z.steps_backward)
-    pairs = {"sa.squeeze": (of["squeeze"], pools), "sa.excite": (of["excite"], squeezed)} if z.SA else {}
+    queried = None
     if z.GC:
         queried = z.new(z.images, z.Q)
         query_backward[(cdiv(z.images, 16),)](
-            of["value"], K, z.p["gc.value.weight"], z.p["gc.norm.weight"], z.p["gc.norm.bias"], q, queried, of["query"],
-            of["norm"], of["norm bias"], z.images, **z.queries)
-        multiply(of["query"], z.p["gc.query.weight"], None, of["context"])
-        pairs |= {"gc.query": (of["query"], contexts), "gc.value": (of["value"], queried)}
+            of["value"], K, z.p["gc.value.weight"], z.p["gc.norm.weight"], z.p["gc.norm.bias"], z.p["gc.query.weight"],
+            q, queried, of["query"], of["norm"], of["norm bias"], of["context"], z.images, **z.queries)
     if z.GC or z.SA:
         context_backward[(z.images,)](x, dx, z.p.get("gc.key.weight"), z.pe, contexts, log_denominator, of["value"],
                                       of.get("context"), dpools, of.get("key"), K, z.B, **z.maps)
 
-    gradients = dict(zip((f"{name}.weight" for name in pairs), summed_products(list(pairs.values()))))
+    gradients = weight_gradients(z, of, K, pools, squeezed, contexts, queried)
     sums = z.new(z.T, K)
     over_batch[(z.T, cdiv(K, 32))](rows, sums, z.B, K, BR=64, BJ=32)
     by_step = dict(zip(widths, sums.split(list(widths.values()), 1)))
@@ -195,7 +217,7 @@ def backward(ds: Tensor, x: Tensor, z: Neuron, pools, ps, ws, contexts, log_deno
     if z.SA:
         gradients |= {"sa.squeeze.bias": total["squeeze"], "sa.excite.bias": total["excite"]}
     if z.GC:
-        gradients |= {"gc.key.weight": total["key"][None], "gc.key.bias": torch.zeros_like(z.p["gc.key.bias"]),
+        gradients |= {"gc.key.weight": total["key"][None], "gc.key.bias": total["key bias"],
                       "gc.query.bias": total["query"], "gc.value.bias": total["value"],
                       "gc.norm.weight": total["norm"], "gc.norm.bias": total["norm bias"]}
     gradients["pe_input.weight"] = by_step["context" if z.GC else "value"]
@@ -209,24 +231,20 @@ def blocks(**sizes: int) -> dict[str, int]:
     return {name: min(max(next_power_of_2(size), 16), 64) for name, size in sizes.items()}
 
 
-def multiply(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = x w + bias, rows of x and of out by themselves."""
-    (count, D), J = x.shape, w.shape[1]
-    size = blocks(BD=D, BJ=J)
-    linear[(cdiv(count, 16), cdiv(J, size["BJ"]))](
-        x, x.stride(0), w, bias, out, out.stride(0), count, D=D, J=J, BR=16, **size)
-
-
-def summed_products(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """x^T y of each pair, whose rows are images: of some images each, and then the sum of these."""
-    if not pairs:
-        return []
-    count, areas = len(pairs[0][0]), [x.shape[1] * y.shape[1] for x, y in pairs]
-    images = max(IMAGES, next_power_of_2(cdiv(count, PARTS)))
-    sums = pairs[0][0].new_empty(cdiv(count, images), sum(areas))
-    for (x, y), out in zip(pairs, sums.split(areas, 1)):
-        D, J = x.shape[1], y.shape[1]
-        size = blocks(BD=D, BJ=J)
-        over_images[(cdiv(D, size["BD"]), cdiv(J, size["BJ"]), len(sums))](
-            x, x.stride(0), y, y.stride(0), out, sums.shape[1], count, images, D=D, J=J, BR=32, **size)
-    return [w.view(x.shape[1], y.shape[1]) for (x, y), w in zip(pairs, sums.sum(0).split(areas))]
+def weight_gradients(z: Neuron, of: dict[str, Tensor], K: int, pools, squeezed, contexts, queried) -> dict[str, Tensor]:
+    """Those of SA's and GC's weights, by their names: products summed over some images each, and then the sum of these."""
+    shapes = {"sa.squeeze": (z.H, z.C), "sa.excite": (z.C, z.H)} if z.SA else {}
+    if z.GC:
+        shapes |= {"gc.query": (z.Q, z.C), "gc.value": (z.C, z.Q)}
+    if not shapes:
+        return {}
+    areas = [D * J for D, J in shapes.values()]
+    images = max(IMAGES, next_power_of_2(cdiv(z.images, PARTS)))
+    sums, size = z.new(cdiv(z.images, images), sum(areas)), blocks(BC=z.C, BH=z.H, BQ=z.Q)
+    most = cdiv(z.C, size["BC"]) * max(cdiv(z.H, size["BH"]), cdiv(z.Q, size["BQ"]))
+    weights[(most, len(sums), len(shapes))](
+        of["squeeze"] if z.SA else None, of["excite"], of.get("query"), of["value"], K, pools, squeezed, contexts,
+        queried, sums, sums.shape[1], z.images, images, C=z.C, H=z.H, Q=z.Q, BR=32, **size)
+    total = z.new(sum(areas))
+    over_batch[(1, cdiv(len(total), 256))](sums, total, len(sums), len(total), BR=PARTS, BJ=256)
+    return {f"{name}.weight": w.view(shape) for (name, shape), w in zip(shapes.items(), total.split(areas))}

@@ -51,40 +51,50 @@ def fire_backward(u, ds, dhm, v_th, v_reset, a):
 
 
 @triton.jit
-def product(x, K, w, r, count, j, D: tl.constexpr, J: tl.constexpr, BD: tl.constexpr):
+def product(x, K, w, r, count, j, D: tl.constexpr, J: tl.constexpr, rows: tl.constexpr, BD: tl.constexpr):
     """x w (BR, BJ) of rows r of x (count, D), which lie K numbers apart, and a matrix w (D, J)."""
     out = tl.zeros([r.shape[0], j.shape[0]], tl.float32)
     for start in range(0, D, BD):
         i = start + tl.arange(0, BD)
         y = tl.load(x + r[:, None] * K + i[None, :], mask=(r < count)[:, None] & (i < D)[None, :], other=0.0)
-        out = tl.dot(y, read(w, i, j, D, J, True), out, input_precision="ieee")
+        out = tl.dot(y, read(w, i, j, D, J, rows), out, input_precision="tf32x3")
     return out
 
 
 @triton.jit
-def linear(x, K, w, bias, out, L, count, D: tl.constexpr, J: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-           BJ: tl.constexpr):
-    """out (count, J) = x (count, D) w + bias."""
-    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    j = tl.program_id(1) * BJ + tl.arange(0, BJ)
-    y = product(x, K, w, r, count, j, D, J, BD) + row(bias, 0, j, J)[None, :]
-    tl.store(out + r[:, None] * L + j[None, :], y, mask=(r < count)[:, None] & (j < J)[None, :])
-
-
-@triton.jit
-def over_images(x, K, y, L, out, size, count, images, D: tl.constexpr, J: tl.constexpr, BR: tl.constexpr,
-                BD: tl.constexpr, BJ: tl.constexpr):
-    """The sum over some images of the products of x (count, D) and y (count, J): out (., D, J), the first axis `size`
-    numbers apart."""
-    i, j = tl.program_id(0) * BD + tl.arange(0, BD), tl.program_id(1) * BJ + tl.arange(0, BJ)
-    part = tl.program_id(2).to(tl.int64)
+def over_images(x, K, y, out, part, count, images, D: tl.constexpr, J: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+                BJ: tl.constexpr):
+    """Into out (D, J) the sum over some images of the products of x (count, D), rows K apart, and y (count, J)."""
+    across: tl.constexpr = (J + BJ - 1) // BJ
+    i, j = tl.program_id(0) // across * BD + tl.arange(0, BD), tl.program_id(0) % across * BJ + tl.arange(0, BJ)
     sums = tl.zeros([BD, BJ], tl.float32)
     for start in range(0, images, BR):
         r = part * images + start + tl.arange(0, BR)
         a = tl.load(x + r[None, :] * K + i[:, None], mask=(r < count)[None, :] & (i < D)[:, None], other=0.0)
-        b = tl.load(y + r[:, None] * L + j[None, :], mask=(r < count)[:, None] & (j < J)[None, :], other=0.0)
-        sums = tl.dot(a, b, sums, input_precision="ieee")
-    tl.store(out + part * size + i[:, None] * J + j[None, :], sums, mask=(i < D)[:, None] & (j < J)[None, :])
+        b = tl.load(y + r[:, None] * J + j[None, :], mask=(r < count)[:, None] & (j < J)[None, :], other=0.0)
+        sums = tl.dot(a, b, sums, input_precision="tf32x3")
+    tl.store(out + i[:, None] * J + j[None, :], sums, mask=(i < D)[:, None] & (j < J)[None, :])
+
+
+@triton.jit
+def weights(squeeze, excite, query, value, K, pools, squeezed, contexts, queried, out, size, count, images,
+            C: tl.constexpr, H: tl.constexpr, Q: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+            BH: tl.constexpr, BQ: tl.constexpr):
+    """The gradients of SA's and GC's weights, of some images each: out (., H C + C H + Q C + C Q), `size` numbers."""
+    part, which = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    out += part * size
+    if squeeze is not None:
+        if which == 0:
+            over_images(squeeze, K, pools, out, part, count, images, H, C, BR, BH, BC)
+        if which == 1:
+            over_images(excite, K, squeezed, out + H * C, part, count, images, C, H, BR, BC, BH)
+        out += 2 * H * C
+        which -= 2
+    if query is not None:
+        if which == 0:
+            over_images(query, K, contexts, out, part, count, images, Q, C, BR, BQ, BC)
+        if which == 1:
+            over_images(value, K, queried, out + Q * C, part, count, images, C, Q, BR, BC, BQ)
 
 
 @triton.jit

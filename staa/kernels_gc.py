@@ -60,6 +60,7 @@ def context_backward(x, dx, key, pe, contexts, log_denominator, dvalue, dcontext
         write(dx + r * N * C, d, n, c, N, C, last)
     if GC:
         tl.store(dkey + r * K + c, tl.sum(sums, 0), mask=c < C)
+        tl.store(dkey + r * K + C, 0.0)  # that of its bias, which softmax takes no notice of
 
 
 @triton.jit
@@ -72,24 +73,35 @@ def normal_of(q, H: tl.constexpr):
 
 
 @triton.jit
-def query(contexts, w, b, weight, bias, q, out, count, C: tl.constexpr, H: tl.constexpr, BR: tl.constexpr,
-          BD: tl.constexpr, BJ: tl.constexpr):
-    """The query q = contexts w + b, and out = ReLU(LN(q)), both (T, B, H); w (C, H)."""
-    r, j = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BJ)
-    y = product(contexts, C, w, r, count, j, C, H, BD) + row(b, 0, j, H)[None, :]
-    at, there = r[:, None] * H + j[None, :], (r < count)[:, None] & (j < H)[None, :]
-    tl.store(q + at, y, mask=there)
-    y, _ = normal_of(y, H)
-    tl.store(out + at, tl.maximum(y * row(weight, 0, j, H)[None, :] + row(bias, 0, j, H)[None, :], 0.0), mask=there)
+def columns(x, w, bias, out, L, r, count, D: tl.constexpr, J: tl.constexpr, rows: tl.constexpr, BJ: tl.constexpr):
+    """Into rows r of out (count, J), L numbers apart: x w + bias, for x (BR, BD) and a matrix w (D, J)."""
+    i = tl.arange(0, x.shape[1])
+    for start in range(0, J, BJ):
+        j = start + tl.arange(0, BJ)
+        y = tl.dot(x, read(w, i, j, D, J, rows), input_precision="tf32x3") + row(bias, 0, j, J)[None, :]
+        tl.store(out + r[:, None] * L + j[None, :], y, mask=(r < count)[:, None] & (j < J)[None, :])
 
 
 @triton.jit
-def query_backward(dvalue, K, w, weight, bias, q, out, dq, dweight, dbias, count, C: tl.constexpr, H: tl.constexpr,
-                   BR: tl.constexpr, BD: tl.constexpr, BJ: tl.constexpr):
-    """dq (T, B, H) from dvalue (T, B, C), and what of it belongs to LN's weight and bias, all in rows K apart; w is the
-    value's weight (C, H). out: ReLU(LN(q)) once more."""
+def query(contexts, wq, bq, weight, bias, wv, bv, q, value, count, C: tl.constexpr, H: tl.constexpr, BR: tl.constexpr,
+          BD: tl.constexpr, BJ: tl.constexpr, BV: tl.constexpr):
+    """The query q (T, B, H) of the contexts, and value = wv ReLU(LN(q)) + bv, (T, B, C); wq (H, C), wv (C, H)."""
     r, j = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BJ)
-    d = product(dvalue, K, w, r, count, j, C, H, BD)
+    there = (r < count)[:, None] & (j < H)[None, :]
+    y = product(contexts, C, wq, r, count, j, C, H, False, BD) + row(bq, 0, j, H)[None, :]
+    tl.store(q + r[:, None] * H + j[None, :], y, mask=there)
+    y, _ = normal_of(y, H)
+    y = tl.maximum(y * row(weight, 0, j, H)[None, :] + row(bias, 0, j, H)[None, :], 0.0)
+    columns(y, wv, bv, value, C, r, count, H, C, False, BV)
+
+
+@triton.jit
+def query_backward(dvalue, K, wv, weight, bias, wq, q, out, dq, dweight, dbias, dcontext, count, C: tl.constexpr,
+                   H: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BJ: tl.constexpr, BV: tl.constexpr):
+    """dq (T, B, H) and dcontext from dvalue (T, B, C), and what of it belongs to LN's weight and bias, all in rows K
+    apart. out: ReLU(LN(q)) once more."""
+    r, j = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BJ)
+    d = product(dvalue, K, wv, r, count, j, C, H, True, BD)
     there = (r < count)[:, None] & (j < H)[None, :]
     normal, factor = normal_of(tl.load(q + r[:, None] * H + j[None, :], mask=there, other=0.0), H)
     slope = row(weight, 0, j, H)[None, :]
@@ -101,4 +113,6 @@ def query_backward(dvalue, K, w, weight, bias, q, out, dq, dweight, dbias, count
     tl.store(dbias + at, d, mask=there)
     d *= slope
     d = factor * (d - (tl.sum(d, 1) / H)[:, None] - normal * (tl.sum(d * normal, 1) / H)[:, None])
+    d = tl.where(there, d, 0.0)
     tl.store(dq + at, d, mask=there)
+    columns(d, wq, None, dcontext, K, r, count, H, C, True, BV)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .attention import STAALIF
 from .fsta import FSTALIF
 from .neuron import LIF
+from .norm import BatchNorm2d
 from .pooling import AvgPool2d
 from .settings import ConfigError, one_of, reason, settings_of, typed
 
@@ -92,16 +93,16 @@ class BasicBlock(nn.Module):
 
     def __init__(self, neuron: Callable[[int], nn.Module], c_in: int, c_out: int, stride: int, pool_shortcut: bool):
         super().__init__()
-        self.conv1 = Steps(conv3x3(c_in, c_out, stride), nn.BatchNorm2d(c_out))
+        self.conv1 = Steps(conv3x3(c_in, c_out, stride), BatchNorm2d(c_out))
         self.neuron1 = neuron(c_out)
-        self.conv2 = Steps(conv3x3(c_out, c_out), nn.BatchNorm2d(c_out))
+        self.conv2 = Steps(conv3x3(c_out, c_out), BatchNorm2d(c_out))
         self.neuron2 = neuron(c_out)
         if stride == 1 and c_in == c_out:
             self.shortcut: nn.Module = nn.Identity()
         elif pool_shortcut:
-            self.shortcut = Steps(AvgPool2d(stride, ceil_mode=True), conv1x1(c_in, c_out), nn.BatchNorm2d(c_out))
+            self.shortcut = Steps(AvgPool2d(stride, ceil_mode=True), conv1x1(c_in, c_out), BatchNorm2d(c_out))
         else:
-            self.shortcut = Steps(conv1x1(c_in, c_out, stride), nn.BatchNorm2d(c_out))
+            self.shortcut = Steps(conv1x1(c_in, c_out, stride), BatchNorm2d(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv2(self.neuron1(self.conv1(x)))
@@ -117,13 +118,13 @@ class ResNet(SpikingNetwork):
         c = channels[0]
         super().__init__(neuron, in_channels, T, min_size={"one": 4, "three": 16, "imagenet": 32}[stem])
         if stem == "imagenet":
-            layers = [Steps(nn.Conv2d(in_channels, c, 7, 2, padding=3, bias=False), nn.BatchNorm2d(c)),
+            layers = [Steps(nn.Conv2d(in_channels, c, 7, 2, padding=3, bias=False), BatchNorm2d(c)),
                       self.neuron(c), Steps(nn.MaxPool2d(3, 2, padding=1))]  # a maximum of spikes is a spike
         else:
-            layers = [Steps(conv3x3(in_channels, c), nn.BatchNorm2d(c)), self.neuron(c)]
+            layers = [Steps(conv3x3(in_channels, c), BatchNorm2d(c)), self.neuron(c)]
         if stem == "three":
             for _ in range(2):
-                layers += [Steps(conv3x3(c, c), nn.BatchNorm2d(c)), self.neuron(c)]
+                layers += [Steps(conv3x3(c, c), BatchNorm2d(c)), self.neuron(c)]
             layers += [Steps(AvgPool2d(2))]
         self.stem = nn.Sequential(*layers)
         self.stages = nn.Sequential()
@@ -146,7 +147,7 @@ class VGG(SpikingNetwork):
         c = in_channels
         for c_out in scaled(channels, width):
             for _ in range(2):
-                self.stages.append(Steps(conv3x3(c, c_out), nn.BatchNorm2d(c_out)))
+                self.stages.append(Steps(conv3x3(c, c_out), BatchNorm2d(c_out)))
                 self.stages.append(self.neuron(c_out))
                 c = c_out
             self.stages.append(Steps(AvgPool2d(2)))

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from .firing import evaluating
 from .networks import NETWORKS, NEURONS, SpikingNetwork, Steps, conv1x1, conv3x3
 from .neuron import LIF
+from .norm import BatchNorm2d
 from .settings import bounded
 from .surrogate import SIGMOID
 
@@ -125,12 +126,12 @@ class Attention(nn.Module):
         super().__init__()
         self.event, self.joint = event, joint
         self.neuron1 = neuron(dim)
-        self.q, self.k, self.v = (nn.Sequential(Steps(conv1x1(dim, dim), nn.BatchNorm2d(dim)), neuron(dim))
+        self.q, self.k, self.v = (nn.Sequential(Steps(conv1x1(dim, dim), BatchNorm2d(dim)), neuron(dim))
                                   for _ in range(3))
         if joint is None:
             self.context, self.read = Mask(), Mask(per_channel=True)
         self.neuron2 = half_threshold(neuron(dim))
-        self.project = Steps(conv1x1(dim, dim), nn.BatchNorm2d(dim))
+        self.project = Steps(conv1x1(dim, dim), BatchNorm2d(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.neuron1(x)
@@ -156,8 +157,8 @@ class Block(nn.Module):
     def __init__(self, neuron: Callable[[int], nn.Module], dim: int, attention: nn.Module):
         super().__init__()
         self.attention = attention
-        self.mlp = nn.Sequential(neuron(dim), Steps(conv1x1(dim, 4 * dim), nn.BatchNorm2d(4 * dim)),
-                                 neuron(4 * dim), Steps(conv1x1(4 * dim, dim), nn.BatchNorm2d(dim)))
+        self.mlp = nn.Sequential(neuron(dim), Steps(conv1x1(dim, 4 * dim), BatchNorm2d(4 * dim)),
+                                 neuron(4 * dim), Steps(conv1x1(4 * dim, dim), BatchNorm2d(dim)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(x)
@@ -182,12 +183,12 @@ class SpikeDriven(SpikingNetwork):
         embed: list[nn.Module] = []
         c = in_channels
         for stage, c_out in enumerate((self.dim // 8, self.dim // 4, self.dim // 2, self.dim)):
-            embed += [Steps(conv3x3(c, c_out), nn.BatchNorm2d(c_out))]
+            embed += [Steps(conv3x3(c, c_out), BatchNorm2d(c_out))]
             embed += [self.neuron(c_out)] if stage < 3 else []  # the last one's comes in front of the position
             embed += [Steps(nn.MaxPool2d(3, 2, padding=1))] if pools[stage] == "1" else []
             c = c_out
         self.embed = nn.Sequential(*embed)
-        self.position = nn.Sequential(self.neuron(c), Steps(conv3x3(c, c), nn.BatchNorm2d(c)))
+        self.position = nn.Sequential(self.neuron(c), Steps(conv3x3(c, c), BatchNorm2d(c)))
         self.blocks = nn.Sequential(*(Block(self.neuron, c, self.attention()) for _ in range(depth)))
         self.last = self.neuron(c)
         self.head = nn.Linear(c, num_classes)

@@ -20,6 +20,7 @@ from . import checkpoint, data, records
 from .checkpoint import undamaged
 from .config import Config
 from .networks import SpikingNetwork, build, skeleton
+from .norm import BatchNorm2d
 from .pooling import AvgPool2d
 from .records import Record, RecordError
 from .settings import ConfigError, reason
@@ -240,10 +241,10 @@ def save_pretrained(network: SpikingNetwork, folder: Path | str) -> None:
 
 
 def alike(kind: type | None, right: type | None) -> bool:
-    """Whether a module of this type does what the right one does: BN over several processes too, and torch's own
+    """Whether a module of this type does what the right one does: BN over several processes too, and torch's own BN and
     pooling, which networks had before ours."""
-    return kind is right or None not in (kind, right) and (
-        {kind, right} == {nn.SyncBatchNorm, nn.BatchNorm2d} or {kind, right} == {nn.AvgPool2d, AvgPool2d})
+    same = {nn.SyncBatchNorm, nn.BatchNorm2d, BatchNorm2d}, {nn.AvgPool2d, AvgPool2d}
+    return kind is right or any({kind, right} <= kinds for kinds in same)
 
 
 def plain(module: nn.Module) -> dict[str, Any]:

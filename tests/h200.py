@@ -8,13 +8,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from staa import fused_lif_gpu, fused_staa, fused_staa_gpu, kernels_pool, pooling
+from staa import fused_lif_gpu, fused_staa, fused_staa_gpu, kernels_norm, kernels_pool, norm, pooling
 from staa.attention import STAALIF
 
 #: The kernels, by the module that is asked for them.
 BY_HAND = {fused_lif_gpu: ("lif", "lif_backward"), kernels_pool: ("pool", "pool_backward"),
-           fused_staa_gpu: ("context", "query", "linear", "steps", "steps_backward", "query_backward", "context_backward",
-                            "over_images", "over_batch")}
+           kernels_norm: ("moments", "statistics", "normalise", "gradient_moments", "parameter_gradients",
+                          "normalise_backward"),
+           fused_staa_gpu: ("context", "query", "steps", "steps_backward", "query_backward", "context_backward",
+                            "weights", "over_batch", "wide_steps",
+                            "wide_steps_backward")}
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.bool: "*i1"}
 
 
@@ -61,10 +64,16 @@ def main():
         y = pooling.AvgPool2d(2)(x)
         pooling.launch(kernels_pool.pool, x, y, 2, y.shape)
         pooling.launch(kernels_pool.pool_backward, y, x, 2, y.shape)
-    for C, size, T, dtype, settings in ((64, 32, 2, torch.bfloat16, {}), (96, 7, 3, torch.float32, {"pe_place": "both"}),
-                                        (16, 40, 9, torch.bfloat16, {"sa": False}), (32, 8, 4, torch.float32, {"gc": False})):
+        layer = norm.BatchNorm2d(x.shape[1])
+        normalised = norm._Norm.apply(x.requires_grad_(), layer.weight, layer.bias, layer.running_mean, layer.running_var,
+                                      layer.eps, layer.momentum)
+        normalised.backward(normalised.detach())
+    for C, size, T, B, dtype, settings in (
+            (64, 32, 2, 3, torch.bfloat16, {}), (96, 7, 3, 3, torch.float32, {"pe_place": "both"}),
+            (16, 40, 9, 3, torch.bfloat16, {"sa": False}), (32, 8, 4, 3, torch.float32, {"gc": False}),
+            (512, 2, 4, 600, torch.bfloat16, {}), (300, 3, 2, 600, torch.float32, {"pe_place": "both"})):
         neuron = STAALIF(C, T, **settings)
-        x = torch.zeros(T * 3, C, size, size, dtype=dtype).unflatten(0, (T, 3))
+        x = torch.zeros(1, C, size, size, dtype=dtype).expand(T * B, C, size, size).unflatten(0, (T, B))
         y = fused_staa.as_it_lies(x, -1)
         parameters = {name: p.detach().view(p.shape[:2]) for name, p in neuron.named_parameters()}
         z = fused_staa_gpu.Neuron(y, -1, torch.ones(T, dtype=torch.bool), (2.0, *neuron.numbers()), False, parameters)

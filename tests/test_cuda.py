@@ -8,9 +8,10 @@ import torch
 from torch.nn import functional as F
 
 import staa
-from staa import Config, cuda_graph, data, fused, resident, train
+from staa import Config, cuda_graph, data, fused, norm, resident, train
 from staa.cuda_graph import Captured
 from staa.fsta import FSTALIF
+from staa.norm import BatchNorm2d
 from staa.pooling import AvgPool2d
 from staa.statten import STAttenLIF
 from staa.surrogate import RECTANGLE
@@ -116,7 +117,8 @@ def test_average_pooling_by_hand_is_torchs(shape, K, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(4, 128, 64, 16, 16), (4, 128, 128, 8, 8), (4, 128, 256, 4, 4), (4, 128, 512, 2, 2),
-                                   (5, 33, 96, 7, 9), (4, 16, 64, 32, 32)])
+                                   (5, 33, 96, 7, 9), (4, 16, 64, 32, 32), (4, 200, 64, 32, 32), (10, 9, 40, 31, 33),
+                                   (3, 300, 300, 3, 5), (2, 3, 64, 128, 128)])
 @pytest.mark.parametrize("dtype, channels_last", [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)])
 def test_staa_by_hand_is_the_equations(shape, dtype, channels_last, monkeypatch):
     """Of the sizes of the networks, and others. In float32 a last bit may decide a spike, as above."""
@@ -141,8 +143,37 @@ def test_staa_by_hand_is_the_equations(shape, dtype, channels_last, monkeypatch)
             assert (a - b).float().norm() <= bound * b.float().norm() + 1e-5, name
 
 
+@pytest.mark.parametrize("shape", [(4, 300, 64, 32, 32), (4, 512, 512, 2, 2)])
+def test_staa_by_hand_is_the_same_every_time(shape):
+    """Whether several programs share a map, or one takes several samples: nothing is left to chance."""
+    torch.manual_seed(1)
+    neuron, x = staa.STAALIF(shape[2], shape[0], beta=0.0).to(GPU), current(*shape, dtype=torch.bfloat16)
+    gradient = torch.randn_like(x)
+    first = both(neuron, x, gradient)
+    for _ in range(20):
+        assert all(map(torch.equal, both(neuron, x, gradient), first))
+
+
+@pytest.mark.parametrize("shape", [(512, 64, 32, 32), (33, 96, 7, 9), (2048, 3, 16, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bn_by_hand_is_torchs(shape, dtype, monkeypatch):
+    monkeypatch.setattr(norm, "LARGE", 0)
+    x = (3 + torch.randn(shape, device=GPU)).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    layer, other = BatchNorm2d(shape[1]).to(GPU), torch.nn.BatchNorm2d(shape[1]).to(GPU)
+    assert layer.is_by_hand(x)
+    y, expected = layer(x), other(x)
+    gradient = torch.randn_like(y)
+    bound = dict(rtol=2e-2, atol=2e-2) if dtype == torch.bfloat16 else dict(rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y, expected, **bound)
+    for a, b, what in zip(*(torch.autograd.grad(out, [x, *of.parameters()], gradient) for out, of in
+                            ((y, layer), (expected, other))), "xwb"):
+        assert (a - b).float().norm() <= (1e-2 if dtype == torch.bfloat16 else 1e-4) * b.float().norm(), what
+    for a, b in zip(layer.buffers(), other.buffers()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def spy(function, called):
-    return lambda *args: called.append(len(args)) or function(*args)
+    return lambda *args, **settings: called.append(len(args)) or function(*args, **settings)
 
 
 def step_of(network, bf16=False):

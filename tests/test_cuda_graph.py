@@ -28,12 +28,14 @@ class Graph:
 
     def __enter__(self):
         Graph.tried += 1
+        GENERATOR.waits = True
         assert all(p.grad is None for p in self.owner.network.parameters()), "the graph would add to these for ever"
         self.kept = [b.clone() for b in self.owner.network.buffers()]
 
     def __exit__(self, *_):
         if Graph.spoils:
             raise RuntimeError("operation failed due to a previous error during capture")
+        GENERATOR.waits = False
         with torch.no_grad():
             for b, kept in zip(self.owner.network.buffers(), self.kept):
                 b.copy_(kept)
@@ -50,13 +52,28 @@ class Graph:
         owner.network.zero_grad(set_to_none=True)
 
 
+class Generator:
+    """A GPU's, of which nothing can be drawn while it waits for a capture to end."""
+
+    waits = False
+
+    def clone_state(self):
+        return Generator()
+
+    def graphsafe_set_state(self, other):
+        self.waits = other.waits
+
+
+GENERATOR = Generator()
+
+
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
     cuda = types.SimpleNamespace(
         CUDAGraph=Graph, graph=lambda graph, stream, capture_error_mode: graph, Stream=lambda device: "side",
         stream=lambda stream: contextlib.nullcontext(), current_stream=lambda device: "current",
         reset_peak_memory_stats=lambda device: None, max_memory_allocated=lambda device: 10,
-        mem_get_info=lambda device: (15, 100), memory_reserved=lambda device: 10)
+        mem_get_info=lambda device: (15, 100), memory_reserved=lambda device: 10, default_generators={None: GENERATOR})
     monkeypatch.setattr(cuda_graph, "torch", types.SimpleNamespace(cuda=cuda))
     plain = Captured.capture
 
@@ -70,7 +87,7 @@ def stand_in(monkeypatch):
         cuda.CUDAGraph = lambda: Graph.__new__(type("Graph", (Graph,), {"owner": self}))
         return plain(self, known, x, y)
     monkeypatch.setattr(Captured, "capture", capture)
-    Graph.captured, Graph.spoils, Graph.tried = [], False, 0
+    Graph.captured, Graph.spoils, Graph.tried, GENERATOR.waits = [], False, 0, False
     return cuda
 
 
@@ -138,7 +155,7 @@ def test_what_cannot_be_captured_is_computed_as_ever_and_says_so_once(recwarn):
     assert said == ("the training step cannot be captured as a CUDA graph (a number was asked for): its kernels are "
                     "launched one by one, more slowly.")
     assert captured.graph is None and not captured.batch, "no memory of the graph is kept"
-    assert Graph.tried == 1
+    assert Graph.tried == 1 and not GENERATOR.waits
 
 
 def test_the_first_batches_are_computed_as_ever_then_none():

@@ -1,5 +1,6 @@
 """The fast path on a GPU, where there is none: its Triton kernels, run by Triton's interpreter, against the equations."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from conftest import ROOT
 from torch import nn
 
 import staa
-from staa import fused, fused_lif, fused_staa
+from staa import fused, fused_lif, fused_staa, norm
 from staa.attention import STAALIF
 from staa.fsta import FSTALIF
 from staa.neuron import LIF
+from staa.norm import BatchNorm2d
 from staa.pooling import AvgPool2d
 from staa.statten import STAttenLIF
 from staa.surrogate import RECTANGLE, Surrogate
@@ -34,6 +36,7 @@ def on_gpu(monkeypatch):
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **settings: compile(function, backend=gpu.backend, **settings))
     monkeypatch.setattr(fused, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(norm, "LARGE", 0)
     for works in ("compiler", "triton_works"):
         monkeypatch.setattr(fused, works, lambda device: True)
     monkeypatch.setattr(fused, "on_gpu", lambda x: True)
@@ -217,6 +220,39 @@ def test_other_pooling_is_torchs(pool, x, launches):
     assert not launches
 
 
+NORM = ["moments", "statistics", "normalise"], ["gradient_moments", "parameter_gradients", "normalise_backward"]
+
+
+@pytest.mark.parametrize("shape, programs", [((3, 5, 4, 6), 2), ((7, 70, 9, 3), 1024), ((2, 1, 1, 1), 3), ((40, 64, 8, 8), 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("centre", [0, 1000])
+def test_bn_by_hand(centre, shape, programs, dtype, launches, monkeypatch):
+    """Against torch's own in double precision, of the same numbers, which may lie far from 0; twice, for the running
+    statistics."""
+    monkeypatch.setattr(norm, "PROGRAMS", programs)
+    C = shape[1]
+    layer, true = BatchNorm2d(C, eps=0.1, momentum=0.3), nn.BatchNorm2d(C, eps=0.1, momentum=0.3).double()
+    with torch.no_grad():
+        for p, q in zip(layer.parameters(), true.parameters()):
+            p += 0.3 * torch.randn_like(p)
+            q.copy_(p)
+    for _ in range(2):
+        x = (2 * torch.randn(shape) + centre).to(dtype, memory_format=torch.channels_last).requires_grad_()
+        y, z = layer(x), x.detach().double().requires_grad_()
+        gradient = torch.randn(shape).to(dtype)  # in another layout
+        found = torch.autograd.grad(y, [x, *layer.parameters()], gradient)
+        expected = torch.autograd.grad(true(z), [z, *true.parameters()], gradient.double())
+        assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+    assert launches == 2 * (NORM[0] + NORM[1])
+    bound = dict(rtol=1e-2, atol=2e-2) if dtype == torch.bfloat16 else dict(rtol=1e-4, atol=1e-3 if centre else 1e-5)
+    torch.testing.assert_close(y, nn.functional.batch_norm(z, None, None, true.weight, true.bias, True, eps=0.1).to(dtype),
+                               **bound)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b.to(a.dtype), **bound)
+    for a, b in zip(layer.buffers(), true.buffers()):
+        torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-5, atol=1e-5)
+
+
 def test_a_network_takes_the_kernels_by_hand(launches, monkeypatch):
     """Nothing is left to the compiler; its loss and gradients are those of the equations."""
     net = staa.build("resnet20", "lif", T=2, width=1 / 16).to(memory_format=torch.channels_last)
@@ -228,7 +264,8 @@ def test_a_network_takes_the_kernels_by_hand(launches, monkeypatch):
         loss.backward()
         return [loss.detach(), *(p.grad.clone() for p in net.parameters())]
     found = gradients()
-    assert {name: launches.count(name) for name in launches} == dict(lif=19, lif_backward=19, pool=4, pool_backward=4)
+    assert {name: launches.count(name) for name in launches} == dict(
+        lif=19, lif_backward=19, pool=4, pool_backward=4, **dict.fromkeys(NORM[0] + NORM[1], 22))
     monkeypatch.setattr(fused, "enabled", False)
     for a, b in zip(found, gradients(), strict=True):
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-5
@@ -284,7 +321,7 @@ def test_staa_by_hand_of_one_number(launches):
     """With one position and one channel k is 1 and LN's output its bias, 0: X~ = X, and M = N = 1."""
     x = torch.tensor([0.7, 0.7]).view(2, 1, 1, 1, 1).requires_grad_()
     s = STAALIF(1, 2, beta=0.0)(x)
-    assert s.flatten().tolist() == [0, 1] and launches == ["context", "query", "linear", "steps"]
+    assert s.flatten().tolist() == [0, 1] and launches == ["context", "query", "steps"]
     s.sum().backward()  # dS/dU = 1 at both. dHm[1] = 1, so dU[1] = 1 + dHm[1] (V_reset - U[1]) + dHm[1], eqs. 2 and 3
     assert x.grad.flatten().tolist() == pytest.approx([1.3, 1])
 
@@ -373,8 +410,22 @@ def test_how_many_kernels_staa_is_by_hand(share, steps, launches, monkeypatch):
         cut(monkeypatch)
     neuron, x = STAALIF(12, 3, beta=0.0), current(3, 2, 12, 3, 5)
     both(neuron, x, torch.randn_like(x))
-    assert launches == ["context", "query", "linear", *["steps"] * steps, *["steps_backward"] * (steps + share),
-                        "query_backward", "linear", "context_backward", *["over_images"] * 4, "over_batch"]
+    assert launches == ["context", "query", *["steps"] * steps, *["steps_backward"] * (steps + share),
+                        "query_backward", "context_backward", "weights", "over_batch", "over_batch"]
+
+
+@pytest.mark.parametrize("layer, x", [
+    (BatchNorm2d(8).eval(), torch.randn(2, 8, 4, 4)), (BatchNorm2d(8, affine=False), torch.randn(2, 8, 4, 4)),
+    (BatchNorm2d(8, track_running_stats=False), torch.randn(2, 8, 4, 4)), (BatchNorm2d(8).double(), torch.randn(2, 8, 4, 4).double()),
+    (BatchNorm2d(8, momentum=None), torch.randn(2, 8, 4, 4)), (BatchNorm2d(8).bfloat16(), torch.randn(2, 8, 4, 4).bfloat16())])
+def test_other_bn_is_torchs(layer, x, launches):
+    other = copy.deepcopy(layer)
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(layer(x), nn.BatchNorm2d.forward(other, x)) and not launches
+    BatchNorm2d(8)(torch.randn(2, 8, 4, 4))  # of rows, not channels-last
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        BatchNorm2d(8)(torch.randn(1, 8, 1, 1))
+    assert not launches
 
 
 def by_hand(neuron, x, launches, monkeypatch, kernels=("steps", "steps_backward")):

@@ -1,0 +1,117 @@
+"""BN on a GPU where the channels lie last in memory, in Triton: `norm.py` launches it. x (M, C): M places of all images
+and time steps; a program looks at some rows of it, and at BC channels. Sums of the programs' rows are in part (P, 2, C).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def channels(numbers, c, C):
+    return tl.load(numbers + c, mask=c < C, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def rows(m, c, M, C: tl.constexpr):
+    """Where rows m lie, and which are there."""
+    return m.to(tl.int64)[:, None] * C + c[None, :], (m < M)[:, None] & (c < C)[None, :]
+
+
+@triton.jit
+def some_rows(start, size, BM: tl.constexpr):
+    """BM rows of this program, which has `size`; it begins with start = 0."""
+    return tl.program_id(0).to(tl.int64) * size + start + tl.arange(0, BM)
+
+
+@triton.jit
+def two_sums(part, first, second, c, C: tl.constexpr):
+    at = part + tl.program_id(0) * 2 * C + c
+    tl.store(at, tl.sum(first, 0), mask=c < C)
+    tl.store(at + C, tl.sum(second, 0), mask=c < C)
+
+
+@triton.jit
+def over_programs(part, c, P, C: tl.constexpr, BP: tl.constexpr):
+    """Both sums of all programs (C,), (C,)."""
+    first, second = tl.zeros([BP, c.shape[0]], tl.float32), tl.zeros([BP, c.shape[0]], tl.float32)
+    for start in range(0, P, BP):
+        p = start + tl.arange(0, BP)
+        at, there = p[:, None] * 2 * C + c[None, :], (p < P)[:, None] & (c < C)[None, :]
+        first += tl.load(part + at, mask=there, other=0.0)
+        second += tl.load(part + at + C, mask=there, other=0.0)
+    return tl.sum(first, 0), tl.sum(second, 0)
+
+
+@triton.jit
+def moments(x, part, M, size, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+    """Sums of x - x[0] and its square: without the shift, the variance of numbers far from 0 would be lost in rounding."""
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    shift = channels(x, c, C)[None, :]
+    first, second = tl.zeros([BM, BC], tl.float32), tl.zeros([BM, BC], tl.float32)
+    for start in tl.range(0, size, BM, num_stages=3):
+        at, there = rows(some_rows(start, size, BM), c, M, C)
+        y = tl.where(there, tl.load(x + at, mask=there, other=0.0).to(tl.float32) - shift, 0.0)
+        first += y
+        second += y * y
+    two_sums(part, first, second, c, C)
+
+
+@triton.jit
+def statistics(x, part, mean, scale, running_mean, running_var, eps, momentum, M, P, C: tl.constexpr, BP: tl.constexpr,
+               BC: tl.constexpr):
+    """The mean and 1 / the standard deviation; and the running statistics, whose variance is the unbiased one."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    first, second = over_programs(part, c, P, C, BP)
+    shifted = first / M
+    variance = tl.maximum(second / M - shifted * shifted, 0.0)
+    average = channels(x, c, C) + shifted
+    tl.store(mean + c, average, mask=c < C)
+    tl.store(scale + c, tl.rsqrt(variance + eps), mask=c < C)
+    was = channels(running_mean, c, C)
+    tl.store(running_mean + c, was + momentum * (average - was), mask=c < C)
+    was = channels(running_var, c, C)
+    tl.store(running_var + c, was + momentum * (variance * (M / (M - 1)) - was), mask=c < C)
+
+
+@triton.jit
+def normalise(x, y, mean, scale, weight, bias, M, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    at, there = rows(some_rows(0, BM, BM), c, M, C)
+    factor = channels(scale, c, C) * channels(weight, c, C)
+    z = tl.load(x + at, mask=there, other=0.0).to(tl.float32) - channels(mean, c, C)[None, :]
+    tl.store(y + at, (z * factor[None, :] + channels(bias, c, C)[None, :]).to(y.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def gradient_moments(x, dy, part, mean, M, size, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+    """Sums of dy and of dy (x - mean)."""
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    middle = channels(mean, c, C)[None, :]
+    first, second = tl.zeros([BM, BC], tl.float32), tl.zeros([BM, BC], tl.float32)
+    for start in tl.range(0, size, BM, num_stages=3):
+        at, there = rows(some_rows(start, size, BM), c, M, C)
+        d = tl.load(dy + at, mask=there, other=0.0).to(tl.float32)
+        first += d
+        second += d * (tl.load(x + at, mask=there, other=0.0).to(tl.float32) - middle)
+    two_sums(part, first, second, c, C)
+
+
+@triton.jit
+def parameter_gradients(part, scale, dweight, dbias, P, C: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    first, second = over_programs(part, c, P, C, BP)
+    tl.store(dbias + c, first, mask=c < C)
+    tl.store(dweight + c, second * channels(scale, c, C), mask=c < C)
+
+
+@triton.jit
+def normalise_backward(x, dy, dx, mean, scale, weight, dweight, dbias, M, C: tl.constexpr, BM: tl.constexpr,
+                       BC: tl.constexpr):
+    """dx = weight scale (dy - the mean of dy - z the mean of dy z), where z = (x - mean) scale."""
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    at, there = rows(some_rows(0, BM, BM), c, M, C)
+    factor = channels(scale, c, C)
+    by_z, by_mean = factor * channels(dweight, c, C) / M, channels(dbias, c, C) / M
+    z = tl.load(x + at, mask=there, other=0.0).to(tl.float32) - channels(mean, c, C)[None, :]
+    d = tl.load(dy + at, mask=there, other=0.0).to(tl.float32) - by_mean[None, :] - z * by_z[None, :]
+    tl.store(dx + at, (d * (factor * channels(weight, c, C))[None, :]).to(dx.dtype.element_ty), mask=there)
