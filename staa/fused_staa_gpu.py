@@ -2,13 +2,14 @@
 `fused_staa.py`; this file says the same kernel by kernel (`kernels*.py`), and is tested against it.
 
 Compiled, those equations are a hundred kernels, nearly all of them shorter than the GPU needs to begin one, since what
-hangs together over time is only a number a sample and channel. Here they are some twenty:
+hangs together over time is only a number a sample and channel. Here they are some fifteen:
 
     context               one program an image: GC's attention over space, and the plain mean (eqs. 7, 8)
     query                 GC's query, norm and value, some images a program (eqs. 8, 9)
     steps                 one sample a program: SA, the potential and the spikes, step by step (eqs. 12, 14, 2, 3)
     steps_backward, query_backward, context_backward; weights and over_batch for the parameters' gradients
 
+Where SA's weights are more than a sample's current, and there are many samples, a program takes several: `wide_steps`.
 Where a map does not fit into the registers of one program, several share it, and each time step is launched by itself:
 the mean over the whole map has to be known before the next one. What the steps before left of the potential is computed
 anew. Sums over images are the same in every run: there is no atomic operation. In bf16 the current's gradient is
@@ -29,14 +30,13 @@ from .kernels_wide import wide_steps, wide_steps_backward
 #: Elements of a current that one program holds, step by step; where a map has more, those of the part that a program
 #: goes through, and of a tile of it. And of a tile of `context`. (These and the following were chosen on an H200.)
 WHOLE, PART, TILE, IMAGE_TILE = 16384, 32768, 4096, 2048
-EARLY, STAGES, FLOOR, BDCAP = (0, 0), (1, 1), (4, 4), 64
-#: Of these, elements to a thread; warps of `context`.
-TO_A_THREAD, IMAGE_WARPS = (64, 64), 2
 #: Elements of SA's weights that one program loads at once. From WIDE channels on they are more than its current: the
 #: forward pass loads twice as many then, with more threads.
 WEIGHTS, WIDE = 8192, 512
+#: From EARLY channels on, the forward pass reads a step's current before it computes the gate.
+EARLY = 128
 #: From MANY channels on, where maps are small, a program takes SEVERAL samples, if so many PROGRAMS are left.
-MANY, SEVERAL, PROGRAMS, CHUNK = 256, 4, 64, 8192
+MANY, SEVERAL, PROGRAMS = 256, 4, 64
 #: Time steps up to which a kernel is compiled for each: it takes long, and the longer the more steps are before.
 UNROLLED = 8
 #: Images whose products are summed by one program, and the most parts that are summed afterwards.
@@ -118,7 +118,8 @@ class Neuron:
 @functools.cache
 def launch_sizes(B: int, N: int, C: int, H: int, Q: int, *, last: bool, SA: bool, GC: bool, leaky: bool) -> tuple:
     """Whether a map fits into one program, and else how many share it; then what is compiled into GC's kernels over
-    maps, into the steps there and back, and into GC's query."""
+    maps, into the steps there and back, into GC's query, and into the steps of several samples, if a program takes
+    several."""
     BC, everywhere, units = map(next_power_of_2, (C, N, H))
     whole = everywhere * BC <= WHOLE
     BN = everywhere if whole else max(TILE // BC, 1)
@@ -127,17 +128,17 @@ def launch_sizes(B: int, N: int, C: int, H: int, Q: int, *, last: bool, SA: bool
     common = dict(last=last, SA=SA, leaky=leaky, whole=whole, N=N, C=C, H=H, span=span, parts=parts, BN=BN, BC=BC,
                   BP=min(next_power_of_2(parts), max(TILE // BC, 1)))
     BJ = max(WEIGHTS // BC, 1)
-    there, back = (common | dict(BJ=min(BJ, units), EARLY=int(BC >= 128) if i == 0 else 0, STAGES=1,
-                                 num_warps=max(warps(BN * BC // TO_A_THREAD[i] // 32), FLOOR[i])) for i in (0, 1))
-    if BC >= WIDE:
-        there |= dict(BJ=min(2 * BJ, units), num_warps=16)
-    maps = dict(last=last, GC=GC, N=N, C=C, BN=min(everywhere, max(IMAGE_TILE // BC, 1)), BC=BC, num_warps=IMAGE_WARPS if N * C >= 16384 else 1)
+    back = common | dict(BJ=min(BJ, units), num_warps=warps(BN * BC // 2048))
+    there = back if BC < WIDE else common | dict(BJ=min(2 * BJ, units), num_warps=16)
+    there = there | dict(early=whole and BC >= EARLY)
+    maps = dict(last=last, GC=GC, N=N, C=C, BN=min(everywhere, max(IMAGE_TILE // BC, 1)), BC=BC,
+                num_warps=1 if N * C < WHOLE else 2)
     BQ = max(next_power_of_2(Q), 16)
     queries = dict(C=C, H=Q, BR=16, BD=max(min(BC, 8192 // BQ, 64), 16), BJ=BQ,
                    BV=max(min(8192 // BQ, 64), 16), num_warps=warps(BQ // 16))
     G = SEVERAL if whole and SA and BC >= MANY and B >= SEVERAL * PROGRAMS and SEVERAL * BN * BC <= WHOLE else 0
     wide = dict(last=last, leaky=leaky, N=N, C=C, H=H, G=G, BN=BN, BC=BC, BH=max(units, 16),
-                BD=max(min(CHUNK // max(units, 16), BDCAP), 16), BJ=max(CHUNK // BC, 16), num_warps=8)
+                BD=max(min(8192 // max(units, 16), 64), 16), BJ=max(8192 // BC, 16), num_warps=8)
     return whole, parts, maps, there, back, queries, wide if G else None
 
 
@@ -180,7 +181,7 @@ def backward(ds: Tensor, x: Tensor, z: Neuron, pools, ps, ws, contexts, log_deno
     # What is summed over images lies side by side, one row an image.
     widths = {"excite": z.C, "value": z.C, "squeeze": z.H}
     if z.GC:
-        widths |= {"context": z.C, "key": z.C, "key bias": 1, "query": z.Q, "norm": z.Q, "norm bias": z.Q}
+        widths |= {"context": z.C, "key": z.C, "query": z.Q, "norm": z.Q, "norm bias": z.Q}
     widths |= {place: z.C for place in ("membrane", "output") if f"pe_{place}.weight" in z.p}
     rows = z.new(z.images, sum(widths.values()))
     K, of = rows.shape[1], dict(zip(widths, rows.split(list(widths.values()), 1)))
@@ -217,7 +218,7 @@ def backward(ds: Tensor, x: Tensor, z: Neuron, pools, ps, ws, contexts, log_deno
     if z.SA:
         gradients |= {"sa.squeeze.bias": total["squeeze"], "sa.excite.bias": total["excite"]}
     if z.GC:
-        gradients |= {"gc.key.weight": total["key"][None], "gc.key.bias": total["key bias"],
+        gradients |= {"gc.key.weight": total["key"][None], "gc.key.bias": torch.zeros_like(z.p["gc.key.bias"]),
                       "gc.query.bias": total["query"], "gc.value.bias": total["value"],
                       "gc.norm.weight": total["norm"], "gc.norm.bias": total["norm bias"]}
     gradients["pe_input.weight"] = by_step["context" if z.GC else "value"]
@@ -232,7 +233,7 @@ def blocks(**sizes: int) -> dict[str, int]:
 
 
 def weight_gradients(z: Neuron, of: dict[str, Tensor], K: int, pools, squeezed, contexts, queried) -> dict[str, Tensor]:
-    """Those of SA's and GC's weights, by their names: products summed over some images each, and then the sum of these."""
+    """Those of SA's and GC's weights, by their names: of some images each, and then the sum of these."""
     shapes = {"sa.squeeze": (z.H, z.C), "sa.excite": (z.C, z.H)} if z.SA else {}
     if z.GC:
         shapes |= {"gc.query": (z.Q, z.C), "gc.value": (z.C, z.Q)}
@@ -245,6 +246,4 @@ def weight_gradients(z: Neuron, of: dict[str, Tensor], K: int, pools, squeezed, 
     weights[(most, len(sums), len(shapes))](
         of["squeeze"] if z.SA else None, of["excite"], of.get("query"), of["value"], K, pools, squeezed, contexts,
         queried, sums, sums.shape[1], z.images, images, C=z.C, H=z.H, Q=z.Q, BR=32, **size)
-    total = z.new(sum(areas))
-    over_batch[(1, cdiv(len(total), 256))](sums, total, len(sums), len(total), BR=PARTS, BJ=256)
-    return {f"{name}.weight": w.view(shape) for (name, shape), w in zip(shapes.items(), total.split(areas))}
+    return {f"{name}.weight": w.view(shape) for (name, shape), w in zip(shapes.items(), sums.sum(0).split(areas))}

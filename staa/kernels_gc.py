@@ -60,7 +60,6 @@ def context_backward(x, dx, key, pe, contexts, log_denominator, dvalue, dcontext
         write(dx + r * N * C, d, n, c, N, C, last)
     if GC:
         tl.store(dkey + r * K + c, tl.sum(sums, 0), mask=c < C)
-        tl.store(dkey + r * K + C, 0.0)  # that of its bias, which softmax takes no notice of
 
 
 @triton.jit

@@ -1,5 +1,7 @@
-"""BN on a GPU where the channels lie last in memory, in Triton: `norm.py` launches it. x (M, C): M places of all images
-and time steps; a program looks at some rows of it, and at BC channels. Sums of the programs' rows are in part (P, 2, C).
+"""BN on a GPU where the channels lie last in memory, in Triton: `norm.py` launches it.
+
+x (M, C): M places of all images and time steps. A program looks at BM rows of it at once and at BC channels; sums over
+the rows of each of P programs are in part (P, 2, C).
 """
 
 import triton
@@ -44,7 +46,7 @@ def over_programs(part, c, P, C: tl.constexpr, BP: tl.constexpr):
 
 @triton.jit
 def moments(x, part, M, size, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
-    """Sums of x - x[0] and its square: without the shift, the variance of numbers far from 0 would be lost in rounding."""
+    """Sums of x - x[0] and its square: of x itself, far from 0, rounding would take the variance away."""
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     shift = channels(x, c, C)[None, :]
     first, second = tl.zeros([BM, BC], tl.float32), tl.zeros([BM, BC], tl.float32)

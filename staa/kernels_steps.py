@@ -93,14 +93,14 @@ def next_hm(hm, t, x, ps, ws, kept, b, n, c, total, v_th, v_reset, leak, B, N: t
 
 @triton.jit
 def before(until, x, ps, ws, kept, b, n, c, total, v_th, v_reset, leak, B, N: tl.constexpr, C: tl.constexpr,
-           last: tl.constexpr, leaky: tl.constexpr, unrolled: tl.constexpr, STAGES: tl.constexpr):
+           last: tl.constexpr, leaky: tl.constexpr, unrolled: tl.constexpr):
     """Hm[until - 1], from the start. Where the compiler knows `until`, as `unrolled`, all steps are read at once."""
     hm = tl.zeros([n.shape[0], c.shape[0]], tl.float32) + v_reset
     if unrolled is not None:
         for t in tl.static_range(0, unrolled):
             hm = next_hm(hm, t, x, ps, ws, kept, b, n, c, total, v_th, v_reset, leak, B, N, C, last, leaky)
     else:
-        for t in tl.range(0, until, num_stages=STAGES):
+        for t in range(0, until):
             hm = next_hm(hm, t, x, ps, ws, kept, b, n, c, total, v_th, v_reset, leak, B, N, C, last, leaky)
     return hm
 
@@ -110,7 +110,7 @@ def steps(x, s, mean, value, ps, ws, pools, part, pe, pe_membrane, pe_output, ke
           alpha, decay, total, rest, v_th, v_reset, leak, B, start, stop, unrolled: tl.constexpr,
           N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, span: tl.constexpr, parts: tl.constexpr,
           last: tl.constexpr, SA: tl.constexpr, leaky: tl.constexpr, whole: tl.constexpr, BN: tl.constexpr,
-          BC: tl.constexpr, BJ: tl.constexpr, BP: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr):
+          BC: tl.constexpr, BJ: tl.constexpr, BP: tl.constexpr, early: tl.constexpr):
     """Spikes of the steps from start to stop; p, w and the pooled input (T, B, C). Of a map that is not `whole` in one
     program, each goes through `span` positions, and leaves the sums of Hm in part (T, B, parts, C)."""
     if unrolled is not None:
@@ -124,7 +124,7 @@ def steps(x, s, mean, value, ps, ws, pools, part, pe, pe_membrane, pe_output, ke
             hm_mean = over_parts(part + ((start - 1) * B + b) * parts * C, c, parts, C, BP) / N
     for t in range(start, stop):
         r, keep = t * B + b, keeps(kept, t)
-        if whole and EARLY > 0:
+        if early:
             y = read(x + r * N * C, tl.arange(0, BN), c, N, C, last)
         shift, membrane = offset(value, pe, t, r, c, C), row(pe_membrane, t, c, C)
         p = tl.zeros([BC], tl.float32) + decay
@@ -141,8 +141,8 @@ def steps(x, s, mean, value, ps, ws, pools, part, pe, pe_membrane, pe_output, ke
             n = block * span + first + tl.arange(0, BN)
             if not whole:
                 hm = before(start, x, ps, ws, kept, b, n, c, total, v_th, v_reset, leak, B, N, C, last, leaky,
-                            unrolled, STAGES)
-            if EARLY == 0 or not whole:
+                            unrolled)
+            if not early:
                 y = read(x + r * N * C, n, c, N, C, last)
             u = potential(hm, y, p, w, total, keep)
             write(s + r * N * C, (u >= v_th).to(tl.float32), n, c, N, C, last)
@@ -161,7 +161,7 @@ def steps_backward(ds, x, dx, dhm, value, ps, ws, pools, part, squeezed, dpools,
                    dpe_membrane, dpe_output, pe, pe_membrane, kept, w1, b1, w2, K, alpha, total, v_th, v_reset, leak, a,
                    T, B, start, stop, unrolled: tl.constexpr, N: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
                    span: tl.constexpr, parts: tl.constexpr, last: tl.constexpr, SA: tl.constexpr, leaky: tl.constexpr,
-                   whole: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, BP: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr):
+                   whole: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, BP: tl.constexpr):
     """The steps from stop - 1 down to start: for each, what follows of the sums over space of the step after it, and
     then dU, and dx = q dU. Between launches dhm, as x[0], is the gradient of Hm, and part (2, T, B, parts, C) the sums.
     dz, dvalue and dpe (T, B, C) and dsqueezed (T, B, H) go into rows K apart; squeezed (T, B, H) and dpools (T, B, C)
@@ -175,13 +175,6 @@ def steps_backward(ds, x, dx, dhm, value, ps, ws, pools, part, squeezed, dpools,
     dp, sum_du = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)  # sums of dU (Hm - X) and of dU
     for i in range(0, stop - start):
         t = stop - 1 - i
-        if whole and EARLY > 0:
-            now, n = tl.maximum(t, 0), tl.arange(0, BN)
-            if EARLY > 1:
-                hm = before(t, x, ps, ws, kept, b, n, c, total, v_th, v_reset, leak, B, N, C, last, leaky, unrolled, STAGES)
-            y = read(x + (now * B + b) * N * C, n, c, N, C, last)
-            if EARLY > 2:
-                ds_t = read(ds + (now * B + b) * N * C, n, c, N, C, last)
         by_mean = tl.zeros([BC], tl.float32)
         if t + 1 < T:
             r, keep = (t + 1) * B + b, keeps(kept, t + 1)
@@ -209,16 +202,13 @@ def steps_backward(ds, x, dx, dhm, value, ps, ws, pools, part, squeezed, dpools,
             dp_tile, du_tile = tl.zeros([BN, BC], tl.float32), tl.zeros([BN, BC], tl.float32)
             for first in range(0, span, BN):
                 n = block * span + first + tl.arange(0, BN)
-                if EARLY < 2 or not whole:
-                    hm = before(t, x, ps, ws, kept, b, n, c, total, v_th, v_reset, leak, B, N, C, last, leaky, unrolled, STAGES)
+                hm = before(t, x, ps, ws, kept, b, n, c, total, v_th, v_reset, leak, B, N, C, last, leaky, unrolled)
                 if not whole:
                     d = tl.zeros([BN, BC], tl.float32)
                     if t + 1 < T:
                         d = read(dhm + b * N * C, n, c, N, C, last)
-                if EARLY == 0 or not whole:
-                    y = read(x + r * N * C, n, c, N, C, last)
-                if EARLY < 3 or not whole:
-                    ds_t = read(ds + r * N * C, n, c, N, C, last)
+                y = read(x + r * N * C, n, c, N, C, last)
+                ds_t = read(ds + r * N * C, n, c, N, C, last)
                 u = potential(hm, y, p, w, total, keep)
                 d += by_mean[None, :]
                 if leaky:

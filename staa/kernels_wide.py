@@ -82,7 +82,7 @@ def wide_steps(x, s, mean, value, ps, ws, pools, squeezed, pe, pe_membrane, pe_o
         tl.store(ps + at, p, mask=channels)
         tl.store(ws + at, w, mask=channels)
         hm = wide_potential(hm, x + step * N * C, tiles, p, w, total, keep)
-        tl.store(s + step * N * C + tiles[0], (hm >= v_th).to(s.dtype.element_ty), mask=tiles[1])
+        tl.store(s + step * N * C + tiles[0], tl.where(hm >= v_th, 1.0, 0.0).to(s.dtype.element_ty), mask=tiles[1])
         hm = reset(hm, v_th, v_reset, leak, leaky)
         hm_mean = tl.sum(tl.where(tiles[1], hm, 0.0), 1) / N
 

@@ -1,5 +1,5 @@
-"""Batch normalisation. torch's own is slow for large channels-last maps in bf16 on a GPU: of a step of the LIF ResNet-20
-at T 4 and batch 512 it took an H200 6.8 of 16 ms; the bytes read and written, over its memory's bandwidth, are 2.5."""
+"""Batch normalisation. torch's own is slow for large channels-last maps on a GPU: (2048, 64, 32, 32) in bf16 takes an
+H200 1.34 ms there and back, ours 0.55; the bytes read and written, over its memory's bandwidth, are 0.5."""
 
 from typing import Any
 
@@ -20,18 +20,20 @@ class BatchNorm2d(nn.BatchNorm2d):
     (`kernels_norm.py`), unless `staa.fused.enabled` is off; the statistics are in float32 as there."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.is_by_hand(x):
+        if not self.is_by_hand(x) or self.num_batches_tracked is None:
             return super().forward(x)
         self.num_batches_tracked.add_(1)
         return _Norm.apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum)
 
     def is_by_hand(self, x: Tensor) -> bool:
         """Whether there are kernels for it."""
-        return (self.training and x.dim() == 4 and x.numel() >= max(LARGE, 2 * x.shape[1]) and x.shape[1] == self.num_features
-                and self.num_batches_tracked is not None and fused.usable(x, self.eps, self.momentum)
-                and not torch.compiler.is_compiling() and x.is_contiguous(memory_format=torch.channels_last)
+        numbers: list[Any] = [self.weight, self.bias, self.running_mean, self.running_var]  # or None
+        return (self.training and x.dim() == 4 and x.shape[1] == self.num_features
+                and x.numel() >= max(LARGE, 2 * x.shape[1])  # one value a channel has no variance, which torch says
+                and fused.usable(x, self.eps, self.momentum) and not torch.compiler.is_compiling()
+                and x.is_contiguous(memory_format=torch.channels_last)
                 and all(type(p) in (Tensor, nn.Parameter) and p.dtype == torch.float32 and p.device == x.device
-                        for p in (self.weight, self.bias, self.running_mean, self.running_var))
+                        and p.is_contiguous() for p in numbers)
                 and fused.kernels_for(x))
 
 
@@ -44,8 +46,8 @@ class _Norm(torch.autograd.Function):
         y, (mean, scale) = torch.empty_like(x), weight.new_empty(2, C)
         with on(x.device):
             part = summed(moments, (x,), (), M, C)
-            statistics[(cdiv(C, 16),)](x, part, mean, scale, running_mean, running_var, eps, momentum, M, len(part), C=C,
-                                       BP=64, BC=16)
+            statistics[(cdiv(C, 16),)](x, part, mean, scale, running_mean, running_var, eps, momentum, M, len(part),
+                                       C=C, BP=64, BC=16)
             by_rows(normalise, M, C, x, y, mean, scale, weight, bias)
         ctx.save_for_backward(x, mean, scale, weight)
         return y

@@ -117,7 +117,7 @@ def test_average_pooling_by_hand_is_torchs(shape, K, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(4, 128, 64, 16, 16), (4, 128, 128, 8, 8), (4, 128, 256, 4, 4), (4, 128, 512, 2, 2),
-                                   (5, 33, 96, 7, 9), (4, 16, 64, 32, 32), (4, 200, 64, 32, 32), (10, 9, 40, 31, 33),
+                                   (5, 33, 96, 7, 9), (4, 16, 64, 32, 32), (10, 9, 40, 31, 33),
                                    (3, 300, 300, 3, 5), (2, 3, 64, 128, 128)])
 @pytest.mark.parametrize("dtype, channels_last", [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)])
 def test_staa_by_hand_is_the_equations(shape, dtype, channels_last, monkeypatch):

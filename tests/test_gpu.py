@@ -282,6 +282,20 @@ def cut(monkeypatch):
     monkeypatch.setattr(fused_staa_gpu, "launch_sizes", fused_staa_gpu.launch_sizes.__wrapped__)  # nothing remembered
 
 
+def take_several(monkeypatch):
+    """A program takes several samples, of whatever size."""
+    from staa import fused_staa_gpu
+
+    for name, number in {"MANY": 1, "SEVERAL": 2, "PROGRAMS": 1}.items():
+        monkeypatch.setattr(fused_staa_gpu, name, number)
+    monkeypatch.setattr(fused_staa_gpu, "launch_sizes", fused_staa_gpu.launch_sizes.__wrapped__)
+
+
+#: How maps are given to programs, and the kernels of the time steps.
+STEPS = ["steps", "steps_backward"]
+WAYS = {"one": (lambda monkeypatch: None, STEPS), "share": (cut, STEPS),
+        "several": (take_several, ["wide_steps", "wide_steps_backward"])}
+
 SETTINGS = {
     "plain": {}, "TSRD, PE twice": dict(beta=0.5, pe_place="both"), "PE at the output": dict(pe_place="output", alpha=1.0),
     "v_reset": dict(v_reset=-0.2, v_th=0.8, a=0.7, pe_place="membrane", beta=0.5), "no PE": dict(pe=False),
@@ -290,31 +304,34 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("share", [False, True])
-def test_staa_by_hand(share, settings, launches, monkeypatch):
-    if share:
-        cut(monkeypatch)
-    by_hand(moved(STAALIF(12, 3, **settings)), current(3, 2, 12, 3, 5), launches, monkeypatch)
+@pytest.mark.parametrize("way", WAYS)
+def test_staa_by_hand(way, settings, launches, monkeypatch):
+    take, kernels = WAYS[way]
+    take(monkeypatch)
+    by_hand(moved(STAALIF(12, 3, **settings)), current(3, 2, 12, 3, 5), launches, monkeypatch,
+            kernels if settings.get("sa", True) else STEPS)
 
 
-@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("make", [lambda: LeakySTAALIF(16, 3, beta=0.5, pe_place="both", v_reset=-0.2),
                                   lambda: LeakySTAALIF(16, 3, sa=False, pe_place="both")])
-def test_leaky_staa_by_hand(make, share, launches, monkeypatch):
-    if share:
-        cut(monkeypatch)
-    by_hand(moved(make()), current(3, 2, 16, 4, 4), launches, monkeypatch)
+def test_leaky_staa_by_hand(make, way, launches, monkeypatch):
+    take, kernels = WAYS[way]
+    take(monkeypatch)
+    neuron = moved(make())
+    by_hand(neuron, current(3, 2, 16, 4, 4), launches, monkeypatch, STEPS if neuron.sa is None else kernels)
 
 
-@pytest.mark.parametrize("shape, dtype, channels_last, share", [
-    ((3, 2, 16, 4, 4), torch.bfloat16, True, False), ((3, 2, 16, 4, 4), torch.bfloat16, True, True),
-    ((3, 2, 16, 4, 4), torch.float16, True, False), ((2, 9, 16, 4, 4), None, False, True), ((2, 2, 80, 2, 2), None, True, False),
-    ((2, 2, 80, 2, 2), None, True, True), ((2, 65, 16, 1, 2), None, True, False)])
-def test_staa_by_hand_of_other_currents(shape, dtype, channels_last, share, launches, monkeypatch):
-    if share:
-        cut(monkeypatch)
+@pytest.mark.parametrize("shape, dtype, channels_last, way", [
+    ((3, 2, 16, 4, 4), torch.bfloat16, True, "one"), ((3, 2, 16, 4, 4), torch.bfloat16, True, "share"),
+    ((3, 2, 16, 4, 4), torch.float16, True, "one"), ((2, 9, 16, 4, 4), None, False, "share"), ((2, 2, 80, 2, 2), None, True, "one"),
+    ((2, 2, 80, 2, 2), None, True, "share"), ((2, 65, 16, 1, 2), None, True, "one"), ((3, 5, 16, 4, 4), torch.bfloat16, True, "several"),
+    ((2, 9, 80, 2, 2), None, False, "several"), ((2, 65, 16, 1, 2), None, True, "several"), ((1, 2, 16, 1, 1), None, True, "several")])
+def test_staa_by_hand_of_other_currents(shape, dtype, channels_last, way, launches, monkeypatch):
+    take, kernels = WAYS[way]
+    take(monkeypatch)
     x = current(*shape, dtype=dtype or torch.float32, channels_last=channels_last)
-    by_hand(moved(STAALIF(shape[2], shape[0])), x, launches, monkeypatch)
+    by_hand(moved(STAALIF(shape[2], shape[0])), x, launches, monkeypatch, kernels)
 
 
 def test_staa_by_hand_of_one_number(launches):
@@ -326,13 +343,26 @@ def test_staa_by_hand_of_one_number(launches):
     assert x.grad.flatten().tolist() == pytest.approx([1.3, 1])
 
 
-@pytest.mark.parametrize("share", [False, True])
-def test_staa_by_hand_at_the_threshold(share, launches, monkeypatch):
+@pytest.mark.parametrize("way", WAYS)
+def test_staa_by_hand_at_the_threshold(way, launches, monkeypatch):
     """Potentials that lie on the threshold, eq. 2, and on the edges of the rectangle, eq. 5."""
-    if share:
-        cut(monkeypatch)
+    take, kernels = WAYS[way]
+    take(monkeypatch)
     x = torch.randint(-3, 4, (3, 2, 16, 4, 4)) / 2
-    by_hand(STAALIF(16, 3, beta=0.0), x, launches, monkeypatch)
+    by_hand(STAALIF(16, 3, beta=0.0), x, launches, monkeypatch, kernels)
+
+
+def test_when_a_program_takes_several_samples():
+    """Where SA's weights are many and so are samples, and several maps fit into a program."""
+    from staa.fused_staa_gpu import Neuron
+
+    def several(B, C, size, **settings):
+        neuron = STAALIF(C, 4, **settings)
+        parameters = {name: p.detach().view(p.shape[:2]) for name, p in neuron.named_parameters()}
+        return bool(Neuron(torch.empty(4, B, size ** 2, C), -2, None, (2.0, *neuron.numbers()), False, parameters).wide)
+    assert several(512, 512, 2) and several(256, 256, 4) and several(300, 1000, 1)
+    assert not several(255, 512, 2) and not several(512, 128, 4) and not several(512, 256, 5)
+    assert not several(512, 512, 2, sa=False)
 
 
 def test_a_softmax_that_would_overflow(launches, monkeypatch):
@@ -411,7 +441,7 @@ def test_how_many_kernels_staa_is_by_hand(share, steps, launches, monkeypatch):
     neuron, x = STAALIF(12, 3, beta=0.0), current(3, 2, 12, 3, 5)
     both(neuron, x, torch.randn_like(x))
     assert launches == ["context", "query", *["steps"] * steps, *["steps_backward"] * (steps + share),
-                        "query_backward", "context_backward", "weights", "over_batch", "over_batch"]
+                        "query_backward", "context_backward", "weights", "over_batch"]
 
 
 @pytest.mark.parametrize("layer, x", [
