@@ -18,6 +18,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,15 @@ def triton_works(device: str) -> bool:
 def kernels_for(x: Tensor) -> bool:
     """Whether kernels written by hand can compute x: on a GPU, in float32 or less, where Triton works."""
     return on_gpu(x) and x.dtype != torch.float64 and triton_works(x.device.type)
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program on this GPU may have; in Triton's interpreter there is no limit."""
+    if device.type != "cuda":
+        return 2 ** 20
+    properties: Any = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 2 ** 16)
 
 
 def works(what: str, attempt: Callable) -> bool:

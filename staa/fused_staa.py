@@ -22,10 +22,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .fused import compiles, constants, first_derivative, is_channels_last, is_large, lazy_compile, membrane_type
+from .fused import (
+    compiles,
+    constants,
+    first_derivative,
+    is_channels_last,
+    is_large,
+    lazy_compile,
+    membrane_type,
+    shared_memory,
+)
 from .fused_lif import written_by_hand
 from .fused_staa_in_place import in_place
 from .surrogate import Surrogate
+
+#: Bytes of shared memory that a program on a GPU takes at most, by hand, up to 512 channels and up to 1024.
+SHARED, SHARED_WIDE = 101_000, 140_000
 
 
 def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers: tuple, leaky: bool,
@@ -52,13 +64,14 @@ def is_differentiated(*tensors: Tensor) -> bool:
 
 
 def is_by_hand(x: Tensor, surrogate: Surrogate, parameters: dict[str, Tensor]) -> bool:
-    """Whether `fused_staa_gpu` computes x: as the plain neuron, and where a row of weights fits into registers. It is
-    handed addresses, so what does not fit together is left to torch, which says so."""
+    """Whether `fused_staa_gpu` computes x: as the plain neuron, and where some rows of weights fit into registers and
+    shared memory. It is handed addresses, so what does not fit together is left to torch, which says so."""
     T, _, C = x.shape[:3]
     widest = max([C, *(2 * len(p) for name, p in parameters.items() if name == "gc.query.bias")])
     fits = all(type(p) in (Tensor, nn.Parameter) and p.device == x.device
                and (not name.startswith("pe") or p.shape == (T, C)) for name, p in parameters.items())
-    return written_by_hand(x, surrogate) and widest <= 1024 and fits
+    room = shared_memory(x.device) >= (SHARED if widest <= 512 else SHARED_WIDE)
+    return fits and widest <= 1024 and written_by_hand(x, surrogate) and room
 
 
 def equations(x: Tensor, space: int, kept: Tensor | None, numbers: Sequence, leaky: bool,

@@ -44,7 +44,9 @@ class Launcher:
         self.name, self.kernel = name, getattr(module, name)
 
     def launch(self, arguments, settings):
-        assert compiled(self.kernel, arguments, settings).asm["cubin"]
+        found = compiled(self.kernel, arguments, settings)
+        assert found.asm["cubin"] and found.metadata.shared <= (
+            fused_staa.SHARED if settings.get("C", 1) <= 512 else fused_staa.SHARED_WIDE)
         print(self.name)
 
     def __getitem__(self, grid):
@@ -71,7 +73,8 @@ def main():
     for C, size, T, B, dtype, settings in (
             (64, 32, 2, 3, torch.bfloat16, {}), (96, 7, 3, 3, torch.float32, {"pe_place": "both"}),
             (16, 40, 9, 3, torch.bfloat16, {"sa": False}), (32, 8, 4, 3, torch.float32, {"gc": False}),
-            (512, 2, 4, 600, torch.bfloat16, {}), (300, 3, 2, 600, torch.float32, {"pe_place": "both"})):
+            (512, 2, 4, 600, torch.bfloat16, {}), (300, 3, 2, 600, torch.float32, {"pe_place": "both", "r": 2}),
+            (1024, 1, 2, 600, torch.float32, {"r": 2})):
         neuron = STAALIF(C, T, **settings)
         x = torch.zeros(1, C, size, size, dtype=dtype).expand(T * B, C, size, size).unflatten(0, (T, B))
         y = fused_staa.as_it_lies(x, -1)

@@ -407,6 +407,15 @@ def test_what_is_not_by_hand(neuron, x):
     assert fused_staa.is_by_hand(current(3, 2, 16, 4, 4), RECTANGLE, dict(STAALIF(16, 3).named_parameters()))
 
 
+@pytest.mark.parametrize("bytes, channels, r, by_hand", [(65536, 16, 4, False), (101376, 16, 4, True), (101376, 512, 4, True),
+                                                         (101376, 1024, 4, False), (101376, 512, 1, False), (232448, 1024, 4, True)])
+def test_a_gpu_of_less_shared_memory_compiles(bytes, channels, r, by_hand, monkeypatch):
+    monkeypatch.setattr(fused_staa, "shared_memory", lambda device: bytes)
+    neuron = STAALIF(channels, 2, r=r)
+    x = current(2, 1, channels, 1, 1)
+    assert fused_staa.is_by_hand(x, RECTANGLE, dict(neuron.named_parameters())) == by_hand
+
+
 def test_by_hand_keeps_the_current_and_some_numbers_of_each_image(launches):
     """5 C + C / r + 1 numbers of each, and besides the parameters SA's second weight once more, turned round."""
     neuron, kept = STAALIF(16, 3), {}
