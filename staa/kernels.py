@@ -52,8 +52,8 @@ def fire_backward(u, ds, dhm, v_th, v_reset, a):
 
 @triton.jit
 def product(x, K, w, r, count, j, D: tl.constexpr, J: tl.constexpr, rows: tl.constexpr, BD: tl.constexpr):
-    """x w (BR, BJ) of rows r of x (count, D), which lie K numbers apart, and a matrix w (D, J). tf32x3: on tensor cores,
-    by three products that are together about as exact as float32's."""
+    """x w (BR, BJ) of rows r of x (count, D), which lie K numbers apart, and a matrix w (D, J). By tf32x3: three
+    products of tensor cores, which together are about as exact as float32's."""
     out = tl.zeros([r.shape[0], j.shape[0]], tl.float32)
     for start in range(0, D, BD):
         i = start + tl.arange(0, BD)

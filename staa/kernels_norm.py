@@ -45,10 +45,17 @@ def over_programs(part, c, P, C: tl.constexpr, BP: tl.constexpr):
 
 
 @triton.jit
-def moments(x, part, M, size, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
-    """Sums of x - x[0] and its square: of x itself, far from 0, rounding would take the variance away."""
+def about(x, c, M, C: tl.constexpr, BS: tl.constexpr):
+    """About the mean (C,): that of the first BS rows."""
+    at, there = rows(tl.arange(0, BS), c, M, C)
+    return tl.sum(tl.load(x + at, mask=there, other=0.0).to(tl.float32), 0) / tl.minimum(M, BS)
+
+
+@triton.jit
+def moments(x, part, M, size, C: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+    """Sums of x - `about` and its square: of x itself, far from 0, rounding would take the variance away."""
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    shift = channels(x, c, C)[None, :]
+    shift = about(x, c, M, C, BS)[None, :]
     first, second = tl.zeros([BM, BC], tl.float32), tl.zeros([BM, BC], tl.float32)
     for start in tl.range(0, size, BM, num_stages=3):
         at, there = rows(some_rows(start, size, BM), c, M, C)
@@ -59,14 +66,15 @@ def moments(x, part, M, size, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexp
 
 
 @triton.jit
-def statistics(x, part, mean, scale, running_mean, running_var, eps, momentum, M, P, C: tl.constexpr, BP: tl.constexpr,
-               BC: tl.constexpr):
+def statistics(x, part, mean, scale, running_mean, running_var, eps, momentum, M, P, C: tl.constexpr, BS: tl.constexpr,
+               BP: tl.constexpr, BC: tl.constexpr):
     """The mean and 1 / the standard deviation; and the running statistics, whose variance is the unbiased one."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     first, second = over_programs(part, c, P, C, BP)
     shifted = first / M
-    variance = tl.maximum(second / M - shifted * shifted, 0.0)
-    average = channels(x, c, C) + shifted
+    variance = second / M - shifted * shifted
+    variance = tl.where(variance < 0, 0.0, variance)  # by rounding; NaN stays
+    average = about(x, c, M, C, BS) + shifted
     tl.store(mean + c, average, mask=c < C)
     tl.store(scale + c, tl.rsqrt(variance + eps), mask=c < C)
     was = channels(running_mean, c, C)

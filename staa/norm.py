@@ -27,10 +27,11 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def is_by_hand(self, x: Tensor) -> bool:
         """Whether there are kernels for it."""
+        if not self.training or torch.compiler.is_compiling() or not fused.usable(x, self.eps, self.momentum):
+            return False  # before anything is asked about the sizes of x, which an export would take for a condition
         numbers: list[Any] = [self.weight, self.bias, self.running_mean, self.running_var]  # or None
-        return (self.training and x.dim() == 4 and x.shape[1] == self.num_features
+        return (x.dim() == 4 and x.shape[1] == self.num_features
                 and x.numel() >= max(LARGE, 2 * x.shape[1])  # one value a channel has no variance, which torch says
-                and fused.usable(x, self.eps, self.momentum) and not torch.compiler.is_compiling()
                 and x.is_contiguous(memory_format=torch.channels_last)
                 and all(type(p) in (Tensor, nn.Parameter) and p.dtype == torch.float32 and p.device == x.device
                         and p.is_contiguous() for p in numbers)
@@ -45,9 +46,9 @@ class _Norm(torch.autograd.Function):
         M, C = x.numel() // x.shape[1], x.shape[1]
         y, (mean, scale) = torch.empty_like(x), weight.new_empty(2, C)
         with on(x.device):
-            part = summed(moments, (x,), (), M, C)
+            part = summed(moments, (x,), (), M, C, BS=64)
             statistics[(cdiv(C, 16),)](x, part, mean, scale, running_mean, running_var, eps, momentum, M, len(part),
-                                       C=C, BP=64, BC=16)
+                                       C=C, BS=64, BP=64, BC=16)
             by_rows(normalise, M, C, x, y, mean, scale, weight, bias)
         ctx.save_for_backward(x, mean, scale, weight)
         return y
@@ -72,12 +73,13 @@ def sizes(C: int) -> dict[str, int]:
     return dict(C=C, BM=ELEMENTS // BC, BC=BC, num_warps=WARPS)
 
 
-def summed(kernel: Any, maps: tuple[Tensor, ...], numbers: tuple[Tensor, ...], M: int, C: int) -> Tensor:
+def summed(kernel: Any, maps: tuple[Tensor, ...], numbers: tuple[Tensor, ...], M: int, C: int,
+           **settings: int) -> Tensor:
     """Two sums over rows of maps (M, C), of some rows each: (P, 2, C)."""
     size = sizes(C)
     rows = cdiv(cdiv(M, PROGRAMS), size["BM"]) * size["BM"]
     part = torch.empty(cdiv(M, rows), 2, C, dtype=torch.float32, device=maps[0].device)
-    kernel[(len(part), cdiv(C, size["BC"]))](*maps, part, *numbers, M, rows, **size)
+    kernel[(len(part), cdiv(C, size["BC"]))](*maps, part, *numbers, M, rows, **size, **settings)
     return part
 
 

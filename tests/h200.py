@@ -77,9 +77,10 @@ def main():
             (1024, 1, 2, 600, torch.float32, {"r": 2})):
         neuron = STAALIF(C, T, **settings)
         x = torch.zeros(1, C, size, size, dtype=dtype).expand(T * B, C, size, size).unflatten(0, (T, B))
-        y = fused_staa.as_it_lies(x, -1)
+        space = -1 if T == 2 else -2
+        y = fused_staa.as_it_lies(x, space)
         parameters = {name: p.detach().view(p.shape[:2]) for name, p in neuron.named_parameters()}
-        z = fused_staa_gpu.Neuron(y, -1, torch.ones(T, dtype=torch.bool), (2.0, *neuron.numbers()), False, parameters)
+        z = fused_staa_gpu.Neuron(y, space, torch.ones(T, dtype=torch.bool), (2.0, *neuron.numbers()), False, parameters)
         _, saved = fused_staa_gpu.forward(y, z)
         fused_staa_gpu.backward(y, y, z, *saved)
 

@@ -453,6 +453,18 @@ def test_how_many_kernels_staa_is_by_hand(share, steps, launches, monkeypatch):
                         "query_backward", "context_backward", "weights", "over_batch"]
 
 
+@pytest.mark.parametrize("value", [1e4, torch.inf, torch.nan])
+def test_bn_by_hand_of_a_first_number_far_from_the_others(value, launches):
+    x = torch.randn(64, 3, 8, 8)
+    x[0, 1, 0, 0] = value
+    layer, true = BatchNorm2d(3), nn.BatchNorm2d(3).double()
+    y, expected = layer(x.contiguous(memory_format=torch.channels_last)), true(x.double())
+    assert launches == NORM[0]
+    torch.testing.assert_close(y, expected.float(), rtol=1e-4, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(layer.running_var, true.running_var.float(), rtol=1e-4, atol=0, equal_nan=True)
+    assert bool(layer.running_var.isfinite().all()) == (value == 1e4)
+
+
 @pytest.mark.parametrize("layer, x", [
     (BatchNorm2d(8).eval(), torch.randn(2, 8, 4, 4)), (BatchNorm2d(8, affine=False), torch.randn(2, 8, 4, 4)),
     (BatchNorm2d(8, track_running_stats=False), torch.randn(2, 8, 4, 4)), (BatchNorm2d(8).double(), torch.randn(2, 8, 4, 4).double()),

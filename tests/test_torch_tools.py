@@ -198,6 +198,15 @@ def test_traced_and_exported_networks_give_the_same_logits(neuron):
     torch.testing.assert_close(exported(torch.cat([other, other])), torch.cat([logits, logits]))
 
 
+def test_a_network_in_training_is_exported_for_any_batch():
+    """Without bounds: no layer asks how large a batch is."""
+    network = staa.build("resnet20", "lif", T=2, width=1 / 16).train()
+    exported = torch.export.export(network, (torch.rand(2, 3, 16, 16),),
+                                   dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)).module()
+    x, other = torch.rand(5, 3, 16, 16), copy.deepcopy(network)
+    torch.testing.assert_close(exported(x), other(x))
+
+
 @pytest.mark.parametrize("neuron", [staa.LIF(), STAALIF(8, 3, beta=0.0), STAALIF(8, 3, sa=False, beta=0.0)])
 def test_a_second_derivative_is_right_or_refused(neuron, monkeypatch):
     x = (2 * torch.randn(3, 2, 8, 4, 4)).requires_grad_()
