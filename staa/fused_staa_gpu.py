@@ -194,12 +194,13 @@ def backward(ds: Tensor, x: Tensor, z: Neuron, pools, ps, ws, contexts, log_deno
             of.get("membrane"), of.get("output"), z.pe, z.pe_membrane, z.kept, z.p["sa.squeeze.weight"],
             z.p["sa.squeeze.bias"], z.p["sa.excite.weight"], K, z.alpha, z.total, z.v_th, z.v_reset, z.leak, z.a, z.T,
             z.B, **z.wide)
-    for start, stop, unrolled in [] if z.wide else z.launches_backward():
-        steps_backward[(z.B, z.parts if stop else 1)](
-            ds, x, dx, dhm, value, ps, ws, pools, part, squeezed, dpools, of["excite"], of["value"], of["squeeze"],
-            of.get("membrane"), of.get("output"), z.pe, z.pe_membrane, z.kept, z.p.get("sa.squeeze.weight"),
-            z.p.get("sa.squeeze.bias"), excite, K, z.alpha, z.total, z.v_th, z.v_reset, z.leak, z.a, z.T, z.B,
-            start, stop, unrolled, **z.steps_backward)
+    else:
+        for start, stop, unrolled in z.launches_backward():
+            steps_backward[(z.B, z.parts if stop else 1)](
+                ds, x, dx, dhm, value, ps, ws, pools, part, squeezed, dpools, of["excite"], of["value"], of["squeeze"],
+                of.get("membrane"), of.get("output"), z.pe, z.pe_membrane, z.kept, z.p.get("sa.squeeze.weight"),
+                z.p.get("sa.squeeze.bias"), excite, K, z.alpha, z.total, z.v_th, z.v_reset, z.leak, z.a, z.T, z.B,
+                start, stop, unrolled, **z.steps_backward)
     queried = None
     if z.GC:
         queried = z.new(z.images, z.Q)

@@ -7,16 +7,7 @@ the rows of each of P programs are in part (P, 2, C).
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def channels(numbers, c, C):
-    return tl.load(numbers + c, mask=c < C, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def rows(m, c, M, C: tl.constexpr):
-    """Where rows m lie, and which are there."""
-    return m.to(tl.int64)[:, None] * C + c[None, :], (m < M)[:, None] & (c < C)[None, :]
+from .kernels import read, row, write
 
 
 @triton.jit
@@ -47,8 +38,7 @@ def over_programs(part, c, P, C: tl.constexpr, BP: tl.constexpr):
 @triton.jit
 def about(x, c, M, C: tl.constexpr, BS: tl.constexpr):
     """About the mean (C,): that of the first BS rows."""
-    at, there = rows(tl.arange(0, BS), c, M, C)
-    return tl.sum(tl.load(x + at, mask=there, other=0.0).to(tl.float32), 0) / tl.minimum(M, BS)
+    return tl.sum(read(x, tl.arange(0, BS), c, M, C, True), 0) / tl.minimum(M, BS)
 
 
 @triton.jit
@@ -58,8 +48,8 @@ def moments(x, part, M, size, C: tl.constexpr, BS: tl.constexpr, BM: tl.constexp
     shift = about(x, c, M, C, BS)[None, :]
     first, second = tl.zeros([BM, BC], tl.float32), tl.zeros([BM, BC], tl.float32)
     for start in tl.range(0, size, BM, num_stages=3):
-        at, there = rows(some_rows(start, size, BM), c, M, C)
-        y = tl.where(there, tl.load(x + at, mask=there, other=0.0).to(tl.float32) - shift, 0.0)
+        m = some_rows(start, size, BM)
+        y = tl.where((m < M)[:, None], read(x, m, c, M, C, True) - shift, 0.0)
         first += y
         second += y * y
     two_sums(part, first, second, c, C)
@@ -77,32 +67,31 @@ def statistics(x, part, mean, scale, running_mean, running_var, eps, momentum, M
     average = about(x, c, M, C, BS) + shifted
     tl.store(mean + c, average, mask=c < C)
     tl.store(scale + c, tl.rsqrt(variance + eps), mask=c < C)
-    was = channels(running_mean, c, C)
+    was = row(running_mean, 0, c, C)
     tl.store(running_mean + c, was + momentum * (average - was), mask=c < C)
-    was = channels(running_var, c, C)
+    was = row(running_var, 0, c, C)
     tl.store(running_var + c, was + momentum * (variance * (M / (M - 1)) - was), mask=c < C)
 
 
 @triton.jit
 def normalise(x, y, mean, scale, weight, bias, M, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    at, there = rows(some_rows(0, BM, BM), c, M, C)
-    factor = channels(scale, c, C) * channels(weight, c, C)
-    z = tl.load(x + at, mask=there, other=0.0).to(tl.float32) - channels(mean, c, C)[None, :]
-    tl.store(y + at, (z * factor[None, :] + channels(bias, c, C)[None, :]).to(y.dtype.element_ty), mask=there)
+    m, factor = some_rows(0, BM, BM), row(scale, 0, c, C) * row(weight, 0, c, C)
+    z = read(x, m, c, M, C, True) - row(mean, 0, c, C)[None, :]
+    write(y, z * factor[None, :] + row(bias, 0, c, C)[None, :], m, c, M, C, True)
 
 
 @triton.jit
 def gradient_moments(x, dy, part, mean, M, size, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
     """Sums of dy and of dy (x - mean)."""
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    middle = channels(mean, c, C)[None, :]
+    middle = row(mean, 0, c, C)[None, :]
     first, second = tl.zeros([BM, BC], tl.float32), tl.zeros([BM, BC], tl.float32)
     for start in tl.range(0, size, BM, num_stages=3):
-        at, there = rows(some_rows(start, size, BM), c, M, C)
-        d = tl.load(dy + at, mask=there, other=0.0).to(tl.float32)
+        m = some_rows(start, size, BM)
+        d = read(dy, m, c, M, C, True)
         first += d
-        second += d * (tl.load(x + at, mask=there, other=0.0).to(tl.float32) - middle)
+        second += d * (read(x, m, c, M, C, True) - middle)
     two_sums(part, first, second, c, C)
 
 
@@ -111,7 +100,7 @@ def parameter_gradients(part, scale, dweight, dbias, P, C: tl.constexpr, BP: tl.
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     first, second = over_programs(part, c, P, C, BP)
     tl.store(dbias + c, first, mask=c < C)
-    tl.store(dweight + c, second * channels(scale, c, C), mask=c < C)
+    tl.store(dweight + c, second * row(scale, 0, c, C), mask=c < C)
 
 
 @triton.jit
@@ -119,9 +108,8 @@ def normalise_backward(x, dy, dx, mean, scale, weight, dweight, dbias, M, C: tl.
                        BC: tl.constexpr):
     """dx = weight scale (dy - the mean of dy - z the mean of dy z), where z = (x - mean) scale."""
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    at, there = rows(some_rows(0, BM, BM), c, M, C)
-    factor = channels(scale, c, C)
-    by_z, by_mean = factor * channels(dweight, c, C) / M, channels(dbias, c, C) / M
-    z = tl.load(x + at, mask=there, other=0.0).to(tl.float32) - channels(mean, c, C)[None, :]
-    d = tl.load(dy + at, mask=there, other=0.0).to(tl.float32) - by_mean[None, :] - z * by_z[None, :]
-    tl.store(dx + at, (d * (factor * channels(weight, c, C))[None, :]).to(dx.dtype.element_ty), mask=there)
+    m, factor = some_rows(0, BM, BM), row(scale, 0, c, C)
+    by_z, by_mean = factor * row(dweight, 0, c, C) / M, row(dbias, 0, c, C) / M
+    z = read(x, m, c, M, C, True) - row(mean, 0, c, C)[None, :]
+    d = read(dy, m, c, M, C, True) - by_mean[None, :] - z * by_z[None, :]
+    write(dx, d * (factor * row(weight, 0, c, C))[None, :], m, c, M, C, True)

@@ -13,6 +13,8 @@ from .fused import cdiv, first_derivative, next_power_of_2, on
 LARGE = 2 ** 25
 #: Elements that a program looks at at once, and of how many channels; most programs of a sum; its warps.
 ELEMENTS, CHANNELS, PROGRAMS, WARPS = 4096, 64, 528, 4
+#: Rows whose mean is the shift; programs whose sums are added at once, and of how many channels.
+SHIFT, TOGETHER = dict(BS=64), dict(BP=64, BC=16)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -46,9 +48,9 @@ class _Norm(torch.autograd.Function):
         M, C = x.numel() // x.shape[1], x.shape[1]
         y, (mean, scale) = torch.empty_like(x), weight.new_empty(2, C)
         with on(x.device):
-            part = summed(moments, (x,), (), M, C, BS=64)
-            statistics[(cdiv(C, 16),)](x, part, mean, scale, running_mean, running_var, eps, momentum, M, len(part),
-                                       C=C, BS=64, BP=64, BC=16)
+            part = summed(moments, (x,), (), M, C, **SHIFT)
+            statistics[(cdiv(C, TOGETHER["BC"]),)](x, part, mean, scale, running_mean, running_var, eps, momentum, M,
+                                                   len(part), C=C, **SHIFT, **TOGETHER)
             by_rows(normalise, M, C, x, y, mean, scale, weight, bias)
         ctx.save_for_backward(x, mean, scale, weight)
         return y
@@ -63,7 +65,7 @@ class _Norm(torch.autograd.Function):
         dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
         with on(x.device):
             part = summed(gradient_moments, (x, dy), (mean,), M, C)
-            parameter_gradients[(cdiv(C, 16),)](part, scale, dweight, dbias, len(part), C=C, BP=64, BC=16)
+            parameter_gradients[(cdiv(C, TOGETHER["BC"]),)](part, scale, dweight, dbias, len(part), C=C, **TOGETHER)
             by_rows(normalise_backward, M, C, x, dy, dx, mean, scale, weight, dweight, dbias)
         return dx, dweight, dbias, *[None] * 4
 

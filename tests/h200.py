@@ -16,8 +16,7 @@ BY_HAND = {fused_lif_gpu: ("lif", "lif_backward"), kernels_pool: ("pool", "pool_
            kernels_norm: ("moments", "statistics", "normalise", "gradient_moments", "parameter_gradients",
                           "normalise_backward"),
            fused_staa_gpu: ("context", "query", "steps", "steps_backward", "query_backward", "context_backward",
-                            "weights", "over_batch", "wide_steps",
-                            "wide_steps_backward")}
+                            "weights", "over_batch", "wide_steps", "wide_steps_backward")}
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.bool: "*i1"}
 
 
