@@ -17,7 +17,7 @@ from timing import HERE, interleaved, machine, summary, write
 from torch import nn
 
 import staa
-from staa import fused, records
+from staa import fused, fused_cpu, records
 from staa.attention import STAALIF
 from staa.fsta import FSTALIF
 from staa.neuron import LIF, over_time
@@ -33,9 +33,15 @@ BATCH = {"cpu": 32, "cuda": 128}  # of the networks
 PART = HERE / "speed.part"
 #: Marks the section of a current where the C library hands freed memory back to the system, as it does by itself.
 HANDED_BACK = ", freed memory handed back"
-#: How a case is run: `no_compiler(work)` without a compiler, `reference(work)` as the equations stand.
-no_compiler = mock.patch.object(fused, "WORTH_COMPILING", 2 ** 62)
+#: `reference(work)` runs a case as the equations stand.
 reference = mock.patch.object(fused, "enabled", False)
+
+
+def no_compiler(work):
+    """The case without any compiler."""
+    for module, name in ((fused, "compiler"), (fused, "triton_works"), (fused_cpu, "available")):
+        work = mock.patch.object(module, name, lambda *device: False)(work)
+    return work
 
 
 class ReLU(nn.ReLU):

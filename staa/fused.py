@@ -2,10 +2,10 @@
 `fused_lif.py` and `fused_staa.py` only compute it faster, and are tested against them.
 
 A neuron is limited by memory traffic: for the backward pass of a large current the membrane potential is not kept, but
-computed anew. There are three ways: the equations compiled (Inductor, Triton); for the LIF and the STAA neuron on a
-GPU, with the paper's surrogate, kernels written by hand; and, where there is no compiler or nothing to gain by it,
-operators in place. (One difference: where a potential is NaN or infinite, it and its gradients are NaN after the reset
-in the equations, and may be 0 here.)
+computed anew. There are three ways: the equations compiled (Inductor, Triton); with the paper's surrogate, for the LIF
+and the STAA neuron on a GPU and for the STAA neuron on a CPU, functions written by hand, in Triton and in C; and, where
+there is no compiler or nothing to gain by it, operators in place. (One difference: where a potential is NaN or
+infinite, it and its gradients are NaN after the reset in the equations, and may be 0 here.)
 
 `staa.fused.enabled = False`, or STAA_FUSED=0 in the environment, switches all off. Membrane potentials are float32 for
 currents of lower precision, and of the current's type otherwise.

@@ -6,11 +6,12 @@ X~ - X does not depend on space, so X~ never comes to be. All that the aggregato
     U[t] = p Hm[t-1] + q X[t] + w       with p, q and w a number a sample and channel, (B, C)
 
 and what it has to know of the current are two means over space: the one that GC's attention weighs, and the plain one.
-Where there is a compiler, these equations and their gradient are each compiled as a whole; on a GPU, with the paper's
-surrogate, they are written by hand (`fused_staa_gpu.py`); in a network that the reader compiles, they are traced as
-they stand. Where there is none, for what is small, and on a CPU where no gradient is asked for, operators of torch
-compute them, differentiated by hand (`fused_staa_in_place.py`). For the backward pass of a large current nothing is
-kept but the current (on a GPU by hand, and some numbers a sample and channel); all the rest is computed anew.
+With the paper's surrogate they and their gradient are written by hand, in Triton for a GPU (`fused_staa_gpu.py`) and in
+C for a CPU (`fused_staa_steps.py`); with another they are each compiled as a whole; in a network that the reader
+compiles, they are traced as they stand. Where there is no compiler, for what is small, and with another surrogate on a
+CPU where no gradient is asked for, operators of torch compute them (`fused_staa_steps.py`). For the backward pass of a
+large current nothing is kept but the current (on a GPU by hand, and some numbers a sample and channel); all the rest is
+computed anew.
 
 Inside, space is one axis, and x lies as in memory: (T, B, HW, C) where the network is channels-last, and (T, B, C, HW)
 where not.
@@ -32,8 +33,9 @@ from .fused import (
     membrane_type,
     shared_memory,
 )
+from .fused_cpu import in_c
 from .fused_lif import written_by_hand
-from .fused_staa_in_place import in_place
+from .fused_staa_steps import step_by_step
 from .surrogate import Surrogate
 
 #: Bytes of shared memory that a program on a GPU takes at most, by hand, up to 512 channels and up to 1024.
@@ -43,18 +45,18 @@ SHARED, SHARED_WIDE = 101_000, 140_000
 def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers: tuple, leaky: bool,
          surrogate: Surrogate) -> Tensor:
     """Spikes for the current x (T, B, C, H, W); the rest is as in `equations`."""
-    space = axis_of_space(x)
-    y = as_it_lies(x, space)
+    space, C = axis_of_space(x), x.shape[2]
+    y, large = as_it_lies(x, space), is_large(x, C)
     if torch.compiler.is_compiling():                                             # the reader's own network
         s = equations(y, space, kept, numbers, leaky, surrogate, parameters)
-    elif is_large(x, x.shape[2]) and is_by_hand(x, surrogate, parameters):
+    elif large and is_by_hand(x, surrogate, parameters):
         from .fused_staa_gpu import by_hand  # Triton, which is not everywhere
         s = by_hand(y, space, kept, numbers, leaky, parameters)
-    elif compiles(x, is_differentiated(x, *parameters.values()), x.shape[2]):
+    elif not in_c(x, surrogate, C) and compiles(x, is_differentiated(x, *parameters.values()), C):
         kept = torch.ones(len(x), dtype=torch.bool, device=x.device) if kept is None else kept  # one graph for both
         s = _Compiled.apply(y, space, kept, numbers, leaky, surrogate, tuple(parameters), *parameters.values())
     else:
-        s = in_place(y, space, kept, numbers, leaky, surrogate, parameters, anew=is_large(x, x.shape[2]))
+        s = step_by_step(y, space, kept, numbers, leaky, surrogate, parameters, large, in_c(x, surrogate, C))
     return as_it_was(s, space, x.shape)
 
 

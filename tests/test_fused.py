@@ -1,5 +1,6 @@
 """The fast path against the reference: the same spikes, the same gradients, for any shape, layout, type and setting."""
 
+import copy
 import math
 import runpy
 import threading
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 import staa
-from staa import fused, fused_lif, fused_staa
+from staa import fused, fused_cpu, fused_lif, fused_staa, fused_staa_steps
 from staa.attention import STAALIF
 from staa.fsta import FSTALIF
 from staa.neuron import LIF
@@ -19,7 +20,8 @@ from staa.statten import STAttenLIF
 from staa.surrogate import RECTANGLE, SIGMOID, Surrogate
 from staa.variants import LeakySTAALIF
 
-#: Compiling takes seconds, so the properties are tried on the functions as they stand, and compiled on fewer shapes.
+#: Compiling takes seconds, so the properties are tried on the functions as they stand, and compiled on fewer shapes:
+#: STAA with the paper's surrogate from C, all else by torch.compile.
 WAYS = {"as it stands": 2 ** 60, "compiled": 0}
 few = settings(max_examples=30, deadline=None)
 
@@ -86,6 +88,12 @@ def shaken(neuron):
     return neuron
 
 
+class OwnSTAALIF(STAALIF):
+    """Which is not written in C, since its surrogate is its own."""
+
+    surrogate = Surrogate(RECTANGLE.gradient)
+
+
 @few
 @given(sizes, lif_settings, st.booleans())
 def test_lif(shape, numbers, channels_last):
@@ -100,6 +108,75 @@ def test_lif_compiled(channels_last):
     for numbers in ({}, dict(decay=0.5, gain=0.5), dict(v_th=0.7, v_reset=-0.3, a=2.0)):
         for shape in ((3, 2, 5, 4, 3), (3, 1, 2, 6, 5)):
             same(LIF(**numbers), current(shape, channels_last=channels_last))
+
+
+@few
+@given(sizes, staa_settings, lif_settings, st.booleans(), st.booleans())
+def test_staa_in_c(shape, blocks, numbers, channels_last, leaks):
+    fused.WORTH_COMPILING = WAYS["compiled"]
+    settings = useful(blocks | numbers) | ({"decay": numbers["decay"]} if leaks and "decay" in numbers else {})
+    neuron = LeakySTAALIF if leaks else STAALIF
+    same(shaken(neuron(shape[2], shape[0], **settings).double()), current(shape, channels_last=channels_last))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_in_c_the_pieces_meet_without_a_seam(channels_last):
+    """Of a map with more places than are summed up at once."""
+    fused.WORTH_COMPILING = WAYS["compiled"]
+    assert 41 * 53 > 2 * max(fused_cpu.ROWS, fused_cpu.SOME)
+    same(shaken(STAALIF(3, 2).double()), current((2, 2, 3, 41, 53), channels_last=channels_last))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_in_c_a_long_sum_stays_exact(channels_last):
+    """Gradients in float32 of a map with 25,000 places against those in float64. No number comes near a threshold, where
+    a spike, or the rectangle's edge, would be another."""
+    fused.WORTH_COMPILING = WAYS["compiled"]
+    x = 0.05 * current((2, 1, 4, 160, 160), channels_last=channels_last) + 0.7
+    neuron = shaken(STAALIF(4, 2, beta=0.0))
+    with torch.no_grad():
+        for p in neuron.parameters():
+            p.mul_(0.1)
+    exact, plain, found = (outcome(copy.deepcopy(neuron).to(dtype), x.to(dtype), fast) for dtype, fast in
+                           ((torch.float64, False), (torch.float32, False), (torch.float32, True)))
+    assert torch.equal(exact[0], found[0].double())
+    for name in ("x", *exact[2].keys() - {"gc.key.bias"}):
+        true, torchs, ours = (gradients[1] if name == "x" else gradients[2][name] for gradients in (exact, plain, found))
+        error = (true - torchs).abs().max()  # the key's gradient is a small difference of large sums
+        assert (true - ours).abs().max() <= max(1e-5 * true.abs().max(), 2 * error), name
+
+
+def test_in_c_the_number_of_threads_changes_nothing():
+    fused.WORTH_COMPILING = WAYS["compiled"]
+    threads, found, neuron = torch.get_num_threads(), [], shaken(STAALIF(6, 3, beta=0.0))
+    x = current((3, 5, 6, 40, 40), torch.float32, channels_last=True)
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            found.append(outcome(neuron, x, True)[:2])  # torch sums up the rest
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_in_c_a_key_of_another_size_is_an_error():
+    """And memory beyond it is not read."""
+    fused.WORTH_COMPILING = WAYS["compiled"]
+    neuron = STAALIF(4, 2)
+    neuron.gc.key.weight = torch.nn.Parameter(torch.zeros(1, 3, 1, 1))
+    with pytest.raises(RuntimeError, match="size of tensor a .3. must match"):
+        neuron(current((2, 1, 4, 3, 3), torch.float32))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("blocks", [{}, dict(sa=False, v_reset=-0.3), dict(gc=False, pe_place="both", beta=0.5),
+                                    dict(pe_place="output"), dict(gc=False, pe=False, sa=False, beta=0.5)])
+def test_staa_as_torch_compiles_it(channels_last, blocks):
+    """But for the compiling, which takes half a minute each: test_gpu has it, and the surrogate below."""
+    fused.WORTH_COMPILING = WAYS["compiled"]
+    with torch.compiler.set_stance("force_eager"):
+        for shape in ((3, 2, 5, 4, 3), (2, 1, 1, 6, 5)):
+            same(shaken(OwnSTAALIF(shape[2], shape[0], **blocks).double()), current(shape, channels_last=channels_last))
 
 
 def siblings(T, numbers) -> list:
@@ -392,11 +469,13 @@ def saved_bytes(neuron, x) -> int:
 def test_of_a_large_current_nothing_else_is_kept(channels_last, compiler, monkeypatch):
     fused.WORTH_COMPILING = 0
     monkeypatch.setattr(fused, "compiler", lambda device: compiler)
+    monkeypatch.setattr(fused_cpu, "available", lambda: compiler)
     x = current((4, 2, 16, 8, 8), torch.float32, channels_last)
     assert saved_bytes(LIF(), x) == saved_bytes(STAttenLIF(), x) == 0
     assert saved_bytes(FSTALIF(16, 4, temporal=False, spatial=False), x) == 0
-    neuron = STAALIF(16, 4)
-    assert saved_bytes(neuron, x) <= sum(p.nbytes for p in neuron.parameters())
+    for neuron in (STAALIF(16, 4), OwnSTAALIF(16, 4)):
+        with torch.compiler.set_stance("force_eager"):
+            assert saved_bytes(neuron, x) <= sum(p.nbytes for p in neuron.parameters())
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -406,12 +485,16 @@ def test_of_a_small_current_the_potential_is_kept(channels_last):
     assert x.nbytes <= saved_bytes(STAALIF(16, 4), x) <= 1.25 * x.nbytes
 
 
+@pytest.mark.parametrize("slice_size", [1, 130, 2 ** 19])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_without_a_compiler_a_large_current_is_computed_anew(channels_last, monkeypatch):
+def test_without_a_compiler_a_large_current_is_computed_anew(channels_last, slice_size, monkeypatch):
+    """Some samples after others: one, two and all three at once."""
     fused.WORTH_COMPILING = 0
     monkeypatch.setattr(fused, "compiler", lambda device: False)
+    monkeypatch.setattr(fused_cpu, "available", lambda: False)
+    monkeypatch.setattr(fused_staa_steps, "SLICE", slice_size)
     for blocks in ({}, dict(sa=False), dict(gc=False, pe_place="both", beta=0.5)):
-        same(shaken(STAALIF(5, 3, **blocks).double()), current((3, 2, 5, 4, 3), channels_last=channels_last))
+        same(shaken(STAALIF(5, 3, **blocks).double()), current((3, 3, 5, 4, 3), channels_last=channels_last))
 
 
 def test_compiled_in_one_graph():
@@ -433,7 +516,7 @@ def test_compiled_in_one_graph():
         assert metrics.generated_kernel_count == 1, name
 
 
-@pytest.mark.parametrize("neuron", ["lif", "staa"])
+@pytest.mark.parametrize("neuron", [lambda C, T: LIF(), OwnSTAALIF])
 def test_compiled_once_for_all_shapes(neuron):
     """Forward and backward. A process that compiled for each shape would stop compiling at the eighth. Of the second
     shape, several sizes agree."""
@@ -443,7 +526,7 @@ def test_compiled_once_for_all_shapes(neuron):
     torch._dynamo.utils.counters.clear()
     for T, B, C, H, W in ((4, 2, 8, 6, 5), (4, 4, 16, 4, 4), (4, 5, 24, 9, 13), (4, 2, 12, 10, 3)):
         x = current((T, B, C, H, W), torch.float32, channels_last=True)
-        layer = staa.networks.NEURONS[neuron](C, T)
+        layer = neuron(C, T)
         layer(x.clone().requires_grad_()).sum().backward()
         layer(x.clone().requires_grad_()).backward(x)  # in another layout than that of a sum
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
@@ -590,13 +673,13 @@ def test_with_more_channels_less_is_worth_compiling(monkeypatch):
     called = []
     monkeypatch.setattr(fused_staa._Compiled, "apply", lambda x, *_: called.append(x.shape) or x)
     fused.WORTH_COMPILING = 2 * 4 * 128 * 2 * 2 * 2
-    STAALIF(128, 4)(current((4, 2, 128, 2, 2)))
-    STAALIF(64, 4)(current((4, 2, 64, 2, 4)))
-    STAALIF(8, 4)(current((4, 2, 8, 8, 16)))
+    OwnSTAALIF(128, 4)(current((4, 2, 128, 2, 2)))
+    OwnSTAALIF(64, 4)(current((4, 2, 64, 2, 4)))
+    OwnSTAALIF(8, 4)(current((4, 2, 8, 8, 16)))
     assert called == [(4, 2, 128, 4), (4, 2, 8, 128)] and fused.is_large(torch.empty(fused.WORTH_COMPILING))
 
 
-@pytest.mark.parametrize("neuron", [LIF(), STAALIF(4, 3)])
+@pytest.mark.parametrize("neuron", [LIF(), OwnSTAALIF(4, 3)])
 def test_on_a_cpu_only_what_is_differentiated_is_compiled(neuron, monkeypatch):
     asked, x = [], current((3, 2, 4, 5, 6), torch.float32)
     monkeypatch.setattr(fused, "compiler", lambda device: bool(asked.append(device)))
@@ -616,7 +699,25 @@ def test_on_a_cpu_only_what_is_differentiated_is_compiled(neuron, monkeypatch):
     assert len(asked) > before
 
 
-@pytest.mark.parametrize("neuron", [LIF(), STAALIF(4, 3).double(), STAALIF(4, 3, sa=False, beta=0.5).double()])
+def test_in_c_is_computed_what_is_large_with_a_gradient_or_without(monkeypatch):
+    """And at its first call nothing waits for torch.compile."""
+    called, neuron, x = [], STAALIF(4, 3), current((3, 2, 4, 5, 6), torch.float32)
+    call = fused_cpu.call
+    monkeypatch.setattr(fused_cpu, "call", lambda name, *rest: called.append(name) or call(name, *rest))
+    monkeypatch.setattr(torch, "compile", None)
+    for size, names in ((x.numel(), ["look", "step", "step", "step"]), (x.numel() + 1, [])):
+        fused.WORTH_COMPILING = size
+        with torch.no_grad():
+            neuron(x)
+        assert called == names
+        s = neuron(x.clone().requires_grad_())
+        assert called == 2 * names
+        s.sum().backward()
+        assert len(called) > 2 * len(names) or not names
+        called.clear()
+
+
+@pytest.mark.parametrize("neuron", [LIF(), OwnSTAALIF(4, 3).double(), OwnSTAALIF(4, 3, sa=False, beta=0.5).double()])
 def test_what_torch_will_not_compile_is_computed_all_the_same(neuron):
     """As under a dispatch mode, and beyond torch's limit of recompilations."""
     fused.WORTH_COMPILING = WAYS["compiled"]
@@ -691,6 +792,21 @@ def test_without_a_compiler(monkeypatch):
         same(LIF(), x)
     same(LIF(), x)
     fused.compiler.cache_clear()
+
+
+def test_without_a_c_compiler(monkeypatch):
+    caches = fused_cpu.available, fused_cpu.functions
+    for cc, why in (("no-such-compiler", "No such file or directory: 'no-such-compiler'"), ("false", "non-zero exit")):
+        monkeypatch.setenv("CC", cc)
+        for cache in caches:
+            cache.cache_clear()
+        fused.WORTH_COMPILING = 0
+        x = current((2, 2, 3, 4, 5))
+        with pytest.warns(UserWarning, match=f"the C compiler does not work here .*{why}.*without it"):
+            same(shaken(STAALIF(3, 2).double()), x)
+        same(shaken(STAALIF(3, 2).double()), x)
+    for cache in caches:
+        cache.cache_clear()
 
 
 def test_twice_backward_through_one_graph():
