@@ -17,7 +17,7 @@ from timing import HERE, interleaved, machine, summary, write
 from torch import nn
 
 import staa
-from staa import fused, fused_cpu, records
+from staa import fused, fused_staa_cpu, records
 from staa.attention import STAALIF
 from staa.fsta import FSTALIF
 from staa.neuron import LIF, over_time
@@ -39,7 +39,7 @@ reference = mock.patch.object(fused, "enabled", False)
 
 def no_compiler(work):
     """The case without any compiler."""
-    for module, name in ((fused, "compiler"), (fused, "triton_works"), (fused_cpu, "available")):
+    for module, name in ((fused, "compiler"), (fused, "triton_works"), (fused_staa_cpu, "available")):
         work = mock.patch.object(module, name, lambda *device: False)(work)
     return work
 

@@ -1,208 +1,208 @@
-// All that the STAA neuron does to maps on a CPU, eqs. 2, 3, 5, 7 and 14, there and back: see fused_staa_maps.py, whose
-// letters these are. fused_cpu.py compiles it, with REAL as float or double.
-//
-// A map is (N, C), `last`, where channels are last in memory, and (C, N) where not, with N places in space. Numbers are
-// chosen by products: of choices a compiler makes jumps, and then it does not compute many numbers at once.
+// The STAA neuron on a CPU, there and back, one sample after another: all that is computed of one lies in the cache.
+// fused_staa_cpu.py compiles it, with REAL as float or double. What it computes stands in attention.py, in the order of
+// fused_staa.py, whose letters these are.
 
 #include <math.h>
+#include <stdlib.h>
+#include "fused_cpu.h"
 
-// Places whose numbers are summed up at once, of a map that is channels-last and of one that is not: a longer sum would
-// be less exact.
-#define ROWS 128
-#define SOME 1024
+typedef struct {  // NULL where a block is off
+    const real *pe_input, *pe_membrane, *pe_output;             // (T, C)
+    const real *key, *query, *query_bias, *norm, *norm_bias;    // (C,), (J, C), (J,), (J,), (J,)
+    const real *value, *value_bias;                             // (C, J), (C,)
+    const real *squeeze, *squeeze_bias, *excite, *excite_bias;  // (H, C), (H,), (C, H), (C,)
+    const unsigned char *kept;                                  // (T,): 0 where TSRD drops it all
+} parameters;
 
-typedef REAL real;
-typedef long long count;
-
+// What is computed of one time step of one sample: M numbers, in the order of fused_staa_cpu.COLUMNS.
 typedef struct {
-    real v_th, v_reset, leak, rest;  // Hm is handed on as leak Hm + rest
-    real half, height;               // of eq. 5's rectangle: half its width
-} rule;
+    real *context, *hat, *n, *added, *mean, *pool, *hidden, *p, *slope;
+    real *dexcite, *dsqueeze, *dvalue, *dn, *dq, *dkey, *doutput, *dmembrane, *dinput, *dmean, *scale;
+} row;
 
-static inline real fire(real u, rule z) {  // eq. 2
-    return u - z.v_th >= 0 ? (real)1 : (real)0;
+static row at(real *work, count i, const sizes *d) {
+    count C = d->C, J = d->J, H = d->H;
+    real *next = work + i * d->M;
+    row r;
+    #define COLUMN(name, size) r.name = next; next += size
+    COLUMN(context, C); COLUMN(hat, J); COLUMN(n, J); COLUMN(added, C); COLUMN(mean, C); COLUMN(pool, C);
+    COLUMN(hidden, H); COLUMN(p, C); COLUMN(slope, C); COLUMN(dexcite, C); COLUMN(dsqueeze, H); COLUMN(dvalue, C);
+    COLUMN(dn, J); COLUMN(dq, J); COLUMN(dkey, C); COLUMN(doutput, C); COLUMN(dmembrane, C); COLUMN(dinput, C);
+    COLUMN(dmean, C); COLUMN(scale, 1);
+    return r;
 }
 
-static inline real hand_on(real u, rule z) {  // eq. 3
-    real s = fire(u, z);
-    return z.leak * (u * (1 - s) + z.v_reset * s) + z.rest;
+static void softmax(real *k, count N) {
+    real largest = -INFINITY;
+    double sum = 0;
+    for (count n = 0; n < N; n++) largest = k[n] > largest ? k[n] : largest;
+    for (count n = 0; n < N; n++) sum += k[n] = exp(k[n] - largest);
+    for (count n = 0; n < N; n++) k[n] /= sum;
 }
 
-static inline real fire_backward(real u, real ds, real dhm, rule z) {  // eqs. 2, 3 and 5
-    real v = u - z.v_th, inside = (v <= z.half) & (v >= -z.half) ? z.height : (real)0;
-    return (ds + dhm * (z.v_reset - u)) * inside + dhm * (1 - fire(u, z));
+// GC, eqs. 7 to 9, into `added`; and the mean over space.
+static void look(const sizes *d, const parameters *g, const real *x, real *k, row r, real *room) {
+    count N = d->N, C = d->C, J = d->J;
+    for (count n = 0; n < N; n++) k[n] = (real)1 / N;
+    over_space(d, x, k, r.mean);
+    if (!g->key) return;
+    over_channels(d, x, g->key, k);  // the bias, and PE, would cancel in the softmax
+    softmax(k, N);
+    over_space(d, x, k, r.context);
+    for (count c = 0; c < C; c++) r.context[c] += r.added[c];
+    linear(g->query, g->query_bias, r.context, r.hat, J, C);
+    double mean = 0, variance = 0;
+    for (count j = 0; j < J; j++) mean += r.hat[j];
+    for (count j = 0; j < J; j++) variance += (r.hat[j] - mean / J) * (r.hat[j] - mean / J);
+    *r.scale = 1 / sqrt(variance / J + 1e-5);
+    for (count j = 0; j < J; j++) {
+        r.hat[j] = (r.hat[j] - mean / J) * *r.scale;
+        real y = r.hat[j] * g->norm[j] + g->norm_bias[j];
+        r.n[j] = y > 0 ? y : 0;
+    }
+    linear(g->value, g->value_bias, r.n, room, C, J);
+    for (count c = 0; c < C; c++) r.added[c] += room[c];
 }
 
-// Time steps, (B, N, C) or (B, C, N), in parts: some rows of a sample where channels are last, else some places of a
-// channel. p, q, w (B, C); sums (B, parts, C) or (B, C, parts).
-
-#define EACH_PART                                                                                           \
-    count size = last ? ROWS : SOME, parts = (N + size - 1) / size;                                         \
-    _Pragma("omp parallel for")                                                                             \
-    for (count unit = 0; unit < (last ? B : B * C) * parts; unit++) {                                       \
-        count owner = unit / parts, from = unit % parts * size, places = N - from < size ? N - from : size; \
-        count rows = last ? places : 1, columns = last ? C : places;                                        \
-        count start = last ? (owner * N + from) * C : owner * N + from;                                     \
-        count i = last ? owner * C : owner, k = last ? unit * C : unit;                                     \
-        for (count j = 0; j < (last ? C : 1); j++) CLEAR(k + j);
-
-#define IN_ROWS static inline __attribute__((always_inline)) void  // with constants for what is asked in the loops
-
-IN_ROWS step_rows(int last, int keep, const real *x, const real *hm, const real *p, const real *q, const real *w,
-                  real *out, real *after, real *sums, count rows, count columns, rule z) {
-    for (count row = 0; row < rows; row++, x += columns, hm += columns, out += columns, after += columns) {
-        real sum = 0;
-        #pragma omp simd reduction(+:sum)
-        for (count j = 0; j < columns; j++) {
-            count c = last ? j : 0;
-            real u = p[c] * hm[j] + q[c] * x[j] + w[c], next = hand_on(u, z);
-            out[j] = keep ? u : fire(u, z);
-            after[j] = next;
-            if (last) sums[j] += next;
-            else sum += next;
+// Of sample b, spikes into s, or where it is NULL, potentials into u (T, N, C). k (T, N); rows of `work`: every `by`th.
+static void forward(const sizes *d, const parameters *g, rule z, count b, const real *x, real *s, real *work, count by,
+                    real *k, real *u, real *hm, real *room) {
+    count T = d->T, C = d->C, map = d->N * C;
+    real *p = room, *q = room + C, *w = room + 2 * C, *hm_mean = room + 3 * C;
+    room += 4 * C;
+    for (count t = 0; t < T; t++) {
+        row r = at(work, t * by, d);
+        for (count c = 0; c < C; c++) r.added[c] = g->pe_input ? g->pe_input[t * C + c] : 0;
+        look(d, g, x + (t * d->B + b) * map, k + t * d->N, r, room);
+    }
+    for (count i = 0; i < map; i++) hm[i] = z.v_reset;
+    for (count c = 0; c < C; c++) hm_mean[c] = z.v_reset;
+    for (count t = 0; t < T; t++) {
+        row r = at(work, t * by, d);
+        count kept = !g->kept || g->kept[t], here = (t * d->B + b) * map;
+        for (count c = 0; c < C; c++) {
+            real pe = g->pe_membrane ? z.leak * g->pe_membrane[t * C + c] : 0;
+            r.slope[c] = pe - r.added[c];
+            r.pool[c] = r.mean[c] + r.added[c] + pe + hm_mean[c];
+            r.p[c] = z.decay;
         }
-        if (!last) sums[0] += sum;
-    }
-}
-
-// From X[t] and Hm[t-1] to Hm[t], into `after`, its sums over space, and U[t] (keep) or S[t], into `out`.
-void step(int last, int keep, const real *x, const real *hm, const real *p, const real *q, const real *w, real *out,
-          real *after, real *sums, count B, count N, count C, rule z) {
-    #define CLEAR(k) sums[k] = 0
-    #define STEP(last, keep) step_rows(last, keep, x + start, hm + start, p + i, q + i, w + i, out + start, \
-                                       after + start, sums + k, rows, columns, z)
-    EACH_PART
-        if (last && keep) STEP(1, 1);
-        else if (last) STEP(1, 0);
-        else if (keep) STEP(0, 1);
-        else STEP(0, 0);
-    }
-    #undef CLEAR
-}
-
-IN_ROWS step_rows_backward(int last, int starts, int ends, const real *u, const real *before, const real *x,
-                           const real *ds, const real *dlater, const real *p, const real *dmean, real *du, real *dw,
-                           real *dp, count rows, count columns, rule z) {
-    for (count row = 0; row < rows; row++) {
-        count at = row * columns;
-        real w_sum = 0, p_sum = 0;
-        #pragma omp simd reduction(+:w_sum, p_sum)
-        for (count j = 0; j < columns; j++) {
-            count c = last ? j : 0;
-            real dhm = ends ? 0 : z.leak * (dmean[c] + p[c] * dlater[at + j]);
-            real hm = starts ? z.v_reset : hand_on(before[at + j], z);
-            real d = fire_backward(u[at + j], ds[at + j], dhm, z), product = d * (hm - x[at + j]);
-            du[at + j] = d;
-            if (last) dw[j] += d, dp[j] += product;
-            else w_sum += d, p_sum += product;
+        if (g->squeeze) {  // eq. 12
+            linear(g->squeeze, g->squeeze_bias, r.pool, r.hidden, d->H, C);
+            for (count j = 0; j < d->H; j++) r.hidden[j] = r.hidden[j] > 0 ? r.hidden[j] : 0;
+            linear(g->excite, g->excite_bias, r.hidden, r.p, C, d->H);
+            for (count c = 0; c < C; c++) r.p[c] = z.alpha / (1 + exp(-r.p[c]));
         }
-        if (!last) dw[0] += w_sum, dp[0] += p_sum;
-    }
-}
-
-// From U[t], U[t-1], X[t] and dS[t] to dU[t], and the sums over space of it, dw, and of its product with
-// Hm[t-1] - X[t], dp. dlater, p, dmean: dU[t+1], p then, and what reaches Hm[t] through its mean. starts, ends: at the
-// first and the last step, where there is no `before` and no `dlater`.
-void step_backward(int last, int starts, int ends, const real *u, const real *before, const real *x, const real *ds,
-                   const real *dlater, const real *p, const real *dmean, real *du, real *dw, real *dp, count B, count N,
-                   count C, rule z) {
-    #define CLEAR(k) dw[k] = dp[k] = 0
-    #define BACK(last, starts, ends) step_rows_backward(last, starts, ends, u + start, before + start, x + start, \
-        ds + start, dlater + start, p + i, dmean + i, du + start, dw + k, dp + k, rows, columns, z)
-    #define WHEN(last)                         \
-        if (!starts && !ends) BACK(last, 0, 0); \
-        else if (!starts) BACK(last, 0, 1);     \
-        else if (!ends) BACK(last, 1, 0);       \
-        else BACK(last, 1, 1)
-    EACH_PART
-        if (last) { WHEN(1); } else { WHEN(0); }
-    }
-}
-
-// The current (T, B, N, C) or (T, B, C, N), as T B matrices of rows.
-
-static void row_products(const real *x, const real *v, real *out, count rows, count columns) {  // x v
-    for (count i = 0; i < rows; i++, x += columns) {
-        double total = 0;
-        for (count start = 0; start < columns; start += SOME) {
-            count end = columns - start < SOME ? columns : start + SOME;
-            real sum = 0;
-            #pragma omp simd reduction(+:sum)
-            for (count j = start; j < end; j++) sum += x[j] * v[j];
-            total += sum;
+        for (count c = 0; c < C; c++) {
+            real pe = g->pe_output ? g->pe_output[t * C + c] : 0;
+            p[c] = kept ? r.p[c] : 1;
+            q[c] = kept ? z.total - r.p[c] : 1;
+            w[c] = kept ? z.total * r.added[c] + z.offset + pe + r.p[c] * r.slope[c] : 0;
         }
-        out[i] = total;
+        step(d, !s, x + here, hm, p, q, w, s ? s + here : u + t * map, hm_mean, room, z);
+        for (count c = 0; c < C; c++) hm_mean[c] /= d->N;
     }
 }
 
-static void sum_of_rows(const real *x, const real *w, real *out, count rows, count columns) {  // w x
-    for (count j = 0; j < columns; j++) out[j] = 0;
-    for (count left = 0; left < columns; left += SOME) {
-        count width = columns - left < SOME ? columns - left : SOME;
-        for (count top = 0; top < rows; top += ROWS) {
-            real part[SOME] = {0};
-            for (count i = top; i < rows && i < top + ROWS; i++) {
-                const real *row = x + i * columns + left;
-                real w_i = w[i];
-                #pragma omp simd
-                for (count j = 0; j < width; j++) part[j] += w_i * row[j];
-            }
-            for (count j = 0; j < width; j++) out[left + j] += part[j];
+// The gradient of x, in the place of du: q dU, and what comes through the mean and GC's attention.
+static void look_backward(const sizes *d, const parameters *g, const real *x, const real *k, const real *q, row r,
+                          real *du, real *dl, real *dcontext) {
+    count N = d->N, C = d->C, J = d->J;
+    for (count c = 0; c < C; c++) dcontext[c] = 0;
+    for (count n = 0; n < N; n++) dl[n] = 0;
+    if (g->key) {
+        double a = 0, b = 0, mean = 0;
+        sum_of_rows(g->value, r.dvalue, r.dn, C, J);
+        for (count j = 0; j < J; j++) {
+            r.dn[j] = r.n[j] > 0 ? r.dn[j] : 0;
+            a += r.dn[j] * g->norm[j];
+            b += r.dn[j] * g->norm[j] * r.hat[j];
         }
+        for (count j = 0; j < J; j++) r.dq[j] = *r.scale * (r.dn[j] * g->norm[j] - a / J - r.hat[j] * (b / J));
+        sum_of_rows(g->query, r.dq, dcontext, J, C);
+        over_channels(d, x, dcontext, dl);
+        for (count n = 0; n < N; n++) mean += k[n] * dl[n];
+        for (count n = 0; n < N; n++) dl[n] = k[n] * (dl[n] - mean);  // of k before the softmax
+        over_space(d, x, dl, r.dkey);
+    }
+    for (count c = 0; c < C; c++) r.dinput[c] = r.dvalue[c] + dcontext[c];
+    const real *key = g->key ? g->key : dcontext;
+    if (d->last) for (count n = 0; n < N; n++, du += C) {
+        real k_n = k[n], dl_n = dl[n];
+        #pragma omp simd
+        for (count c = 0; c < C; c++) du[c] = q[c] * du[c] + k_n * dcontext[c] + dl_n * key[c] + r.dmean[c];
+    }
+    else for (count c = 0; c < C; c++, du += N) {
+        real q_c = q[c], dcontext_c = dcontext[c], key_c = key[c], dmean_c = r.dmean[c];
+        #pragma omp simd
+        for (count n = 0; n < N; n++) du[n] = q_c * du[n] + k[n] * dcontext_c + dl[n] * key_c + dmean_c;
     }
 }
 
-static void over_channels(int last, const real *x, const real *v, real *out, count N, count C) {
-    if (last) row_products(x, v, out, N, C);
-    else sum_of_rows(x, v, out, C, N);
-}
-
-static void over_space(int last, const real *x, const real *v, real *out, count N, count C) {
-    if (last) sum_of_rows(x, v, out, N, C);
-    else row_products(x, v, out, C, N);
-}
-
-// GC's attention k (T, B, N), eq. 7, and of the current the mean that k weighs, and the plain one, (T, B, C). The key's
-// bias would cancel in the softmax.
-void look(int last, const real *x, const real *key, real *k, real *context, real *mean, count TB, count N, count C) {
-    #pragma omp parallel for
-    for (count i = 0; i < TB; i++) {
-        const real *x_i = x + i * N * C;
-        real *k_i = k + i * N, largest = -INFINITY;
-        double sum = 0;
-        for (count n = 0; n < N; n++) k_i[n] = (real)1 / N;
-        over_space(last, x_i, k_i, mean + i * C, N, C);
-        over_channels(last, x_i, key, k_i, N, C);
-        for (count n = 0; n < N; n++) largest = k_i[n] > largest ? k_i[n] : largest;
-        for (count n = 0; n < N; n++) sum += k_i[n] = exp(k_i[n] - largest);
-        for (count n = 0; n < N; n++) k_i[n] /= sum;
-        over_space(last, x_i, k_i, context + i * C, N, C);
-    }
-}
-
-// The gradient of x, in the place of du: q dU, and what comes through GC's attention and the mean. dcontext, dmean
-// (T, B, C). dlogits (T, B, N) and dkey (T, B, C): the gradients of k before the softmax, and of the key.
-void look_backward(int last, const real *x, const real *k, const real *key, const real *dcontext, const real *dmean,
-                   const real *q, real *du, real *dlogits, real *dkey, count TB, count N, count C) {
-    #pragma omp parallel for
-    for (count i = 0; i < TB; i++) {
-        const real *x_i = x + i * N * C, *k_i = k + i * N, *q_i = q + i * C;
-        const real *dc = dcontext + i * C, *dm = dmean + i * C;
-        real *dx = du + i * N * C, *dl = dlogits + i * N;
-        double mean = 0;
-        over_channels(last, x_i, dc, dl, N, C);
-        for (count n = 0; n < N; n++) mean += k_i[n] * dl[n];
-        for (count n = 0; n < N; n++) dl[n] = k_i[n] * (dl[n] - mean);
-        over_space(last, x_i, dl, dkey + i * C, N, C);
-        if (last) for (count n = 0; n < N; n++, dx += C) {
-            real k_n = k_i[n], dl_n = dl[n];
-            #pragma omp simd
-            for (count c = 0; c < C; c++) dx[c] = q_i[c] * dx[c] + k_n * dc[c] + dl_n * key[c] + dm[c];
+// Of sample b, the gradient of x, and rows of `work`, of which those of the parameters are made; after `forward`.
+static void backward(const sizes *d, const parameters *g, rule z, count b, const real *x, const real *ds, real *dx,
+                     real *work, const real *k, const real *u, real *dl, real *room) {
+    count T = d->T, B = d->B, N = d->N, C = d->C, map = N * C;
+    real *p = room, *dp = room + C;
+    row later = {0};
+    room += 2 * C;
+    for (count t = T - 1; t >= 0; t--) {
+        row r = at(work, t * B, d);
+        count kept = !g->kept || g->kept[t], here = (t * B + b) * map;
+        step_backward(d, u + t * map, t ? u + (t - 1) * map : NULL, x + here, ds + here,
+                      t < T - 1 ? dx + here + B * map : NULL, p, t < T - 1 ? later.dmean : p, dx + here, r.doutput, dp,
+                      room, z);
+        for (count c = 0; c < C; c++) {
+            r.dexcite[c] = kept ? (dp[c] + r.slope[c] * r.doutput[c]) * r.p[c] * (1 - r.p[c] / z.alpha) : 0;
+            r.dmean[c] = 0;
+            p[c] = kept ? r.p[c] : 1;
         }
-        else for (count c = 0; c < C; c++, dx += N) {
-            real q_c = q_i[c], dc_c = dc[c], key_c = key[c], dm_c = dm[c];
-            #pragma omp simd
-            for (count n = 0; n < N; n++) dx[n] = q_c * dx[n] + k_i[n] * dc_c + dl[n] * key_c + dm_c;
+        if (g->squeeze) {
+            sum_of_rows(g->excite, r.dexcite, r.dsqueeze, C, d->H);
+            for (count j = 0; j < d->H; j++) r.dsqueeze[j] = r.hidden[j] > 0 ? r.dsqueeze[j] : 0;
+            sum_of_rows(g->squeeze, r.dsqueeze, r.dmean, d->H, C);
+            for (count c = 0; c < C; c++) r.dmean[c] /= N;
         }
+        later = r;
     }
+    for (count t = 0; t < T; t++) {
+        row r = at(work, t * B, d);
+        count kept = !g->kept || g->kept[t], here = (t * B + b) * map;
+        for (count c = 0; c < C; c++) {
+            r.doutput[c] = kept ? r.doutput[c] : 0;
+            real dseen = N * r.dmean[c], dslope = r.p[c] * r.doutput[c];
+            r.dvalue[c] = z.total * r.doutput[c] - dslope + dseen;
+            r.dmembrane[c] = z.leak * (dslope + dseen);
+            p[c] = kept ? z.total - r.p[c] : 1;
+        }
+        look_backward(d, g, x + here, k + t * N, p, r, dx + here, dl, dp);
+    }
+}
+
+// Both return whether there was too little memory.
+
+#define EACH_SAMPLE(size, WORK)                                   \
+    count T = d->T, N = d->N, C = d->C, failed = 0;                \
+    _Pragma("omp parallel reduction(|:failed)")                    \
+    {                                                              \
+        real *k = malloc(((T + 1) * N + (size)) * sizeof(real));   \
+        real *rest = k + (T + 1) * N;                              \
+        failed = !k;                                               \
+        _Pragma("omp for schedule(dynamic)")                       \
+        for (count b = 0; b < d->B; b++) if (k) { WORK; }          \
+        free(k);                                                   \
+    }                                                              \
+    return failed
+
+// S (T, B, N, C) or (T, B, C, N) of X.
+count staa(const sizes *d, const parameters *g, const rule *z, const real *x, real *s) {
+    EACH_SAMPLE(N * C + T * d->M + 8 * C,
+                forward(d, g, *z, b, x, s, rest + N * C, 1, k, NULL, rest, rest + N * C + T * d->M));
+}
+
+// dX, and of the parameters `work` (T, B, M), from dS.
+count staa_backward(const sizes *d, const parameters *g, const rule *z, const real *x, const real *ds, real *dx,
+                    real *work) {
+    EACH_SAMPLE((T + 1) * N * C + 8 * C,
+                forward(d, g, *z, b, x, NULL, work + b * d->M, d->B, k, rest, rest + T * N * C, rest + (T + 1) * N * C);
+                backward(d, g, *z, b, x, ds, dx, work + b * d->M, k, rest, k + T * N, rest + (T + 1) * N * C));
 }

@@ -7,11 +7,11 @@ X~ - X does not depend on space, so X~ never comes to be. All that the aggregato
 
 and what it has to know of the current are two means over space: the one that GC's attention weighs, and the plain one.
 With the paper's surrogate they and their gradient are written by hand, in Triton for a GPU (`fused_staa_gpu.py`) and in
-C for a CPU (`fused_staa_steps.py`); with another they are each compiled as a whole; in a network that the reader
-compiles, they are traced as they stand. Where there is no compiler, for what is small, and with another surrogate on a
-CPU where no gradient is asked for, operators of torch compute them (`fused_staa_steps.py`). For the backward pass of a
-large current nothing is kept but the current (on a GPU by hand, and some numbers a sample and channel); all the rest is
-computed anew.
+C for a CPU (`fused_staa_cpu.py`); with another they are each compiled as a whole; in a network that the reader
+compiles, they are traced as they stand. For what is small, where there is no compiler, and with another surrogate on a
+CPU where no gradient is asked for, operators of torch compute them, differentiated by hand (`fused_staa_in_place.py`).
+For the backward pass of a large current nothing is kept but the current (on a GPU by hand, and some numbers a sample
+and channel); all the rest is computed anew.
 
 Inside, space is one axis, and x lies as in memory: (T, B, HW, C) where the network is channels-last, and (T, B, C, HW)
 where not.
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import fused_staa_cpu
 from .fused import (
     compiles,
     constants,
@@ -33,9 +34,9 @@ from .fused import (
     membrane_type,
     shared_memory,
 )
-from .fused_cpu import in_c
 from .fused_lif import written_by_hand
-from .fused_staa_steps import step_by_step
+from .fused_staa_cpu import in_c
+from .fused_staa_in_place import in_place
 from .surrogate import Surrogate
 
 #: Bytes of shared memory that a program on a GPU takes at most, by hand, up to 512 channels and up to 1024.
@@ -45,18 +46,20 @@ SHARED, SHARED_WIDE = 101_000, 140_000
 def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers: tuple, leaky: bool,
          surrogate: Surrogate) -> Tensor:
     """Spikes for the current x (T, B, C, H, W); the rest is as in `equations`."""
-    space, C = axis_of_space(x), x.shape[2]
-    y, large = as_it_lies(x, space), is_large(x, C)
+    space = axis_of_space(x)
+    y, large = as_it_lies(x, space), is_large(x, x.shape[2])
     if torch.compiler.is_compiling():                                             # the reader's own network
         s = equations(y, space, kept, numbers, leaky, surrogate, parameters)
     elif large and is_by_hand(x, surrogate, parameters):
         from .fused_staa_gpu import by_hand  # Triton, which is not everywhere
         s = by_hand(y, space, kept, numbers, leaky, parameters)
-    elif not in_c(x, surrogate, C) and compiles(x, is_differentiated(x, *parameters.values()), C):
+    elif large and in_c(x, surrogate, parameters):
+        s = fused_staa_cpu.by_hand(y, space, kept, numbers, leaky, parameters)
+    elif compiles(x, is_differentiated(x, *parameters.values()), x.shape[2]):
         kept = torch.ones(len(x), dtype=torch.bool, device=x.device) if kept is None else kept  # one graph for both
         s = _Compiled.apply(y, space, kept, numbers, leaky, surrogate, tuple(parameters), *parameters.values())
     else:
-        s = step_by_step(y, space, kept, numbers, leaky, surrogate, parameters, large, in_c(x, surrogate, C))
+        s = in_place(y, space, kept, numbers, leaky, surrogate, parameters, large)
     return as_it_was(s, space, x.shape)
 
 

@@ -192,8 +192,11 @@ def batch(n=32):
 
 @pytest.mark.parametrize("neuron, settings", [("lif", {}), ("staa", {"beta": 0.0}), ("fsta", {})])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_captured_step_is_the_plain_one(bf16, neuron, settings):
-    """Whose weights move: a graph that held old ones, or bf16 copies of them, would be found out."""
+@pytest.mark.parametrize("large", [norm.LARGE, 0])
+def test_a_captured_step_is_the_plain_one(large, bf16, neuron, settings, monkeypatch):
+    """Whose weights move: a graph that held old ones, or bf16 copies of them, would be found out. With torch's batch
+    normalisation, and with that of large maps, by hand, in the captured one."""
+    monkeypatch.setattr(norm, "LARGE", large)
     torch.manual_seed(0)
     network = staa.build("resnet20", neuron, T=4, width=1 / 4, **settings).to(GPU, memory_format=torch.channels_last)
     other = copy.deepcopy(network)
@@ -202,7 +205,9 @@ def test_a_captured_step_is_the_plain_one(bf16, neuron, settings):
         x, y = batch(32 if i != 5 else 20)  # one of another size between
         network.zero_grad(), other.zero_grad()
         loss, = captured(work, x, y)
-        expected, = plain(x, y)
+        with monkeypatch.context() as patch:
+            patch.setattr(norm, "LARGE", 2 ** 60)
+            expected, = plain(x, y)
         torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)
         for p, q in zip(network.parameters(), other.parameters()):
             assert (p.grad - q.grad).norm() <= 0.05 * q.grad.norm() + 1e-4

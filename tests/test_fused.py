@@ -4,6 +4,7 @@ import copy
 import math
 import runpy
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 import staa
-from staa import fused, fused_cpu, fused_lif, fused_staa, fused_staa_steps
+from staa import fused, fused_lif, fused_staa, fused_staa_cpu, fused_staa_in_place
 from staa.attention import STAALIF
 from staa.fsta import FSTALIF
 from staa.neuron import LIF
@@ -123,7 +124,7 @@ def test_staa_in_c(shape, blocks, numbers, channels_last, leaks):
 def test_in_c_the_pieces_meet_without_a_seam(channels_last):
     """Of a map with more places than are summed up at once."""
     fused.WORTH_COMPILING = WAYS["compiled"]
-    assert 41 * 53 > 2 * max(fused_cpu.ROWS, fused_cpu.SOME)
+    assert 41 * 53 > 2 * 1024
     same(shaken(STAALIF(3, 2).double()), current((2, 2, 3, 41, 53), channels_last=channels_last))
 
 
@@ -159,13 +160,32 @@ def test_in_c_the_number_of_threads_changes_nothing():
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-def test_in_c_a_key_of_another_size_is_an_error():
-    """And memory beyond it is not read."""
+def test_in_c_only_what_fits_together_is_computed(monkeypatch):
+    """Of a tensor of another size C would read what lies beyond it: torch says so. And each thread takes a sample."""
     fused.WORTH_COMPILING = WAYS["compiled"]
-    neuron = STAALIF(4, 2)
-    neuron.gc.key.weight = torch.nn.Parameter(torch.zeros(1, 3, 1, 1))
-    with pytest.raises(RuntimeError, match="size of tensor a .3. must match"):
-        neuron(current((2, 1, 4, 3, 3), torch.float32))
+    called, x = [], current((2, 2, 4, 3, 3), torch.float32)
+    monkeypatch.setattr(fused_staa_cpu, "by_hand", lambda y, *_: called.append(y.shape) or y)
+    for name in dict(STAALIF(4, 2).named_parameters()):
+        neuron = STAALIF(4, 2)
+        block, _, parameter = name.rpartition(".")
+        wrong = getattr(neuron.get_submodule(block), parameter)
+        setattr(neuron.get_submodule(block), parameter, torch.nn.Parameter(torch.cat([wrong] * 3)))
+        with pytest.raises(RuntimeError):
+            neuron(x)
+    assert called == []
+    STAALIF(4, 2)(x)
+    assert called == [(2, 2, 4, 9)]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    STAALIF(4, 2)(x)
+    assert len(called) == 1
+
+
+def test_in_c_too_little_memory_is_said(monkeypatch):
+    fused.WORTH_COMPILING = WAYS["compiled"]
+    monkeypatch.setattr(fused_staa_cpu, "library", lambda dtype: SimpleNamespace(staa=lambda *_: 1))
+    monkeypatch.setattr(fused_staa_cpu, "available", lambda: True)
+    with pytest.raises(MemoryError, match="^too little memory for a sample of 2 time steps, 4 channels and 9 places$"):
+        STAALIF(4, 2)(current((2, 2, 4, 3, 3), torch.float32))
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -469,7 +489,7 @@ def saved_bytes(neuron, x) -> int:
 def test_of_a_large_current_nothing_else_is_kept(channels_last, compiler, monkeypatch):
     fused.WORTH_COMPILING = 0
     monkeypatch.setattr(fused, "compiler", lambda device: compiler)
-    monkeypatch.setattr(fused_cpu, "available", lambda: compiler)
+    monkeypatch.setattr(fused_staa_cpu, "available", lambda: compiler)
     x = current((4, 2, 16, 8, 8), torch.float32, channels_last)
     assert saved_bytes(LIF(), x) == saved_bytes(STAttenLIF(), x) == 0
     assert saved_bytes(FSTALIF(16, 4, temporal=False, spatial=False), x) == 0
@@ -491,8 +511,8 @@ def test_without_a_compiler_a_large_current_is_computed_anew(channels_last, slic
     """Some samples after others: one, two and all three at once."""
     fused.WORTH_COMPILING = 0
     monkeypatch.setattr(fused, "compiler", lambda device: False)
-    monkeypatch.setattr(fused_cpu, "available", lambda: False)
-    monkeypatch.setattr(fused_staa_steps, "SLICE", slice_size)
+    monkeypatch.setattr(fused_staa_cpu, "available", lambda: False)
+    monkeypatch.setattr(fused_staa_in_place, "SLICE", slice_size)
     for blocks in ({}, dict(sa=False), dict(gc=False, pe_place="both", beta=0.5)):
         same(shaken(STAALIF(5, 3, **blocks).double()), current((3, 3, 5, 4, 3), channels_last=channels_last))
 
@@ -702,10 +722,10 @@ def test_on_a_cpu_only_what_is_differentiated_is_compiled(neuron, monkeypatch):
 def test_in_c_is_computed_what_is_large_with_a_gradient_or_without(monkeypatch):
     """And at its first call nothing waits for torch.compile."""
     called, neuron, x = [], STAALIF(4, 3), current((3, 2, 4, 5, 6), torch.float32)
-    call = fused_cpu.call
-    monkeypatch.setattr(fused_cpu, "call", lambda name, *rest: called.append(name) or call(name, *rest))
+    call = fused_staa_cpu.call
+    monkeypatch.setattr(fused_staa_cpu, "call", lambda name, *rest: called.append(name) or call(name, *rest))
     monkeypatch.setattr(torch, "compile", None)
-    for size, names in ((x.numel(), ["look", "step", "step", "step"]), (x.numel() + 1, [])):
+    for size, names in ((x.numel(), ["staa"]), (x.numel() + 1, [])):
         fused.WORTH_COMPILING = size
         with torch.no_grad():
             neuron(x)
@@ -795,7 +815,7 @@ def test_without_a_compiler(monkeypatch):
 
 
 def test_without_a_c_compiler(monkeypatch):
-    caches = fused_cpu.available, fused_cpu.functions
+    caches = fused_staa_cpu.available, fused_staa_cpu.library
     for cc, why in (("no-such-compiler", "No such file or directory: 'no-such-compiler'"), ("false", "non-zero exit")):
         monkeypatch.setenv("CC", cc)
         for cache in caches:

@@ -1,0 +1,148 @@
+"""The STAA neuron on a CPU, by hand, in C: `fused_cpu.c`. What it computes stands in `attention.py`; it is tested
+against that. It takes one sample after another, so that what is between lies in the cache: where an operator goes over
+the whole batch, a neuron waits for memory. The machine's C compiler takes a second for it, torch.compile a minute.
+"""
+
+import ctypes
+import functools
+import os
+import shlex
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import fused
+from .fused import first_derivative, membrane_type
+from .surrogate import RECTANGLE, Surrogate
+
+SOURCE = Path(__file__).with_name("fused_cpu.c")
+#: Without the last three a product and a sum would be rounded as one, and choices would not be made for many numbers at
+#: once.
+FLAGS = "-O3 -march=native -fopenmp -fPIC -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
+REALS: dict[torch.dtype, tuple[str, Any]] = {torch.float32: ("float", ctypes.c_float),
+                                             torch.float64: ("double", ctypes.c_double)}
+#: As in fused_cpu.c: the fields of its structures, with the shapes of parameters and the sizes in a row.
+SIZES = ("last", "T", "B", "N", "C", "J", "H", "M")
+PARAMETERS = {"pe_input.weight": "TC", "pe_membrane.weight": "TC", "pe_output.weight": "TC", "gc.key.weight": "1C",
+              "gc.query.weight": "JC", "gc.query.bias": "J", "gc.norm.weight": "J", "gc.norm.bias": "J",
+              "gc.value.weight": "CJ", "gc.value.bias": "C", "sa.squeeze.weight": "HC", "sa.squeeze.bias": "H",
+              "sa.excite.weight": "CH", "sa.excite.bias": "C"}
+RULE = ("v_th", "v_reset", "half", "height", "leak", "rest", "alpha", "decay", "total", "offset")
+COLUMNS = {"context": "C", "hat": "J", "n": "J", "added": "C", "mean": "C", "pool": "C", "hidden": "H", "p": "C",
+           "slope": "C", "dexcite": "C", "dsqueeze": "H", "dvalue": "C", "dn": "J", "dq": "J", "dkey": "C",
+           "doutput": "C", "dmembrane": "C", "dinput": "C", "dmean": "C", "scale": "1"}
+
+
+#: The gradient of a linear layer is a product of two columns.
+PRODUCTS = {"gc.query": ("dq", "context"), "gc.value": ("dvalue", "n"), "sa.squeeze": ("dsqueeze", "pool"),
+            "sa.excite": ("dexcite", "hidden")}
+
+
+def in_c(x: Tensor, surrogate: Surrogate, parameters: dict[str, Tensor]) -> bool:
+    """Whether the current x (T, B, C, H, W) is computed in C: with the paper's surrogate, where there is a sample for
+    each thread. Addresses are handed over, so what does not fit together is left to torch, which says so."""
+    sizes = sizes_of(x.shape[0], x.shape[2], parameters)
+    fits = all(type(p) in (Tensor, nn.Parameter) and p.device == x.device and p.dim() == len(shape)
+               and all(n == sizes[size] for n, size in zip(p.shape, shape))
+               for p, shape in ((p, PARAMETERS.get(name, "1")) for name, p in parameters.items()))
+    return (surrogate is RECTANGLE and not fused.on_gpu(x) and x.shape[1] >= torch.get_num_threads() and fits
+            and available())
+
+
+def sizes_of(T: int, C: int, parameters: dict[str, Tensor]) -> dict[str, int]:
+    """The sizes that letters stand for in PARAMETERS and COLUMNS."""
+    J, H = (len(parameters[name]) if name in parameters else 0 for name in ("gc.query.bias", "sa.squeeze.bias"))
+    return {"T": T, "C": C, "J": J, "H": H, "1": 1}
+
+
+@functools.cache
+def available() -> bool:
+    """Whether this machine compiles `fused_cpu.c`; one warning where it does not."""
+    return fused.works("the C compiler", lambda: library(torch.float32))
+
+
+@functools.cache
+def library(dtype: torch.dtype) -> ctypes.CDLL:
+    """The functions of `fused_cpu.c` for numbers of this type. Raises OSError or CalledProcessError."""
+    with TemporaryDirectory() as folder:
+        compiled, shared = f"{folder}/fused_cpu.o", f"{folder}/fused_cpu.so"
+        run(*FLAGS, f"-DREAL={REALS[dtype][0]}", "-c", str(SOURCE), "-o", compiled)
+        try:  # with torch's own threads
+            run("-shared", compiled, "-o", shared)
+            return ctypes.CDLL(shared)
+        except OSError:
+            run("-shared", "-fopenmp", compiled, "-o", shared)
+            return ctypes.CDLL(shared)
+
+
+def run(*arguments: str) -> None:
+    subprocess.run([*shlex.split(os.environ.get("CC", "cc")), *arguments], check=True, capture_output=True)
+
+
+def by_hand(x: Tensor, space: int, kept: Tensor | None, numbers: tuple, leaky: bool,
+            parameters: dict[str, Tensor]) -> Tensor:
+    """Spikes for the current x as it lies; the rest is as in `fused_staa.equations`."""
+    alpha, decay, gain, v_th, v_reset, a = numbers
+    leak, decay = (decay, 1.0) if leaky else (1.0, decay)
+    total, offset = (alpha, 0.0) if "sa.squeeze.weight" in parameters else (decay + gain, v_reset * (1 - decay))
+    rule = v_th, v_reset, a / 2, 1 / a, leak, v_reset * (1 - leak), alpha, decay, total, offset
+    return _InC.apply(x, space, kept, rule, tuple(parameters), *parameters.values())
+
+
+class _InC(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, space, kept, rule, names, *values):
+        ctx.save_for_backward(x, *values)
+        ctx.space, ctx.kept, ctx.rule, ctx.names = space, kept, rule, names
+        real = x.to(membrane_type(x))
+        s = torch.empty_like(real)
+        call("staa", real, space, kept, rule, dict(zip(names, values)), (s,))
+        return s.to(x.dtype)
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx, ds):
+        x, *values = ctx.saved_tensors
+        real, parameters = x.to(membrane_type(x)), dict(zip(ctx.names, values))
+        sizes = sizes_of(len(x), x.shape[-3 - ctx.space], parameters)
+        widths = [sizes[size] for size in COLUMNS.values()]
+        dx, rows = torch.empty_like(real), real.new_empty(*x.shape[:2], sum(widths))
+        others = ds.to(real.dtype).contiguous(), dx, rows
+        call("staa_backward", real, ctx.space, ctx.kept, ctx.rule, parameters, others)
+        with torch.autocast("cpu", enabled=False):  # as it was on the way forward, see `STAALIF`
+            r = dict(zip(COLUMNS, rows.split(widths, -1)))
+            return dx.to(x.dtype), None, None, None, None, *[gradient(name, r) for name in ctx.names]
+
+
+def gradient(name: str, r: dict[str, Tensor]) -> Tensor:
+    """That of a parameter; r: the columns of the rows, (T, B, ...)."""
+    block, _, kind = name.rpartition(".")
+    if block in PRODUCTS:
+        dy, x = (r[column].flatten(0, 1) for column in PRODUCTS[block])
+        return dy.mT @ x if kind == "weight" else dy.sum(0)
+    if block == "gc.key":  # whose bias the softmax does not see
+        return r["dkey"].sum((0, 1)).unsqueeze(0) if kind == "weight" else r["dkey"].new_zeros(1)
+    if block == "gc.norm":
+        return (r["dn"] * r["hat"] if kind == "weight" else r["dn"]).sum((0, 1))
+    return r[block.replace("pe_", "d")].sum(1)
+
+
+def call(name: str, x: Tensor, space: int, kept: Tensor | None, rule: tuple, parameters: dict[str, Tensor],
+         others: tuple[Tensor, ...]) -> None:
+    """A function of `fused_cpu.c`. x and the others: contiguous, and of one type. Raises MemoryError."""
+    def address(y: Tensor | None) -> ctypes.c_void_p:
+        return ctypes.c_void_p(None if y is None else y.data_ptr())
+
+    T, B, N, C = len(x), x.shape[1], x.shape[space], x.shape[-3 - space]
+    letters = sizes_of(T, C, parameters)
+    sizes = space == -2, T, B, N, C, letters["J"], letters["H"], sum(letters[size] for size in COLUMNS.values())
+    given = [*(parameters.get(name) for name in PARAMETERS), kept]
+    failed = getattr(library(x.dtype), name)((ctypes.c_longlong * len(SIZES))(*sizes),
+                                             (ctypes.c_void_p * len(given))(*map(address, given)),
+                                             (REALS[x.dtype][1] * len(RULE))(*rule), *map(address, (x, *others)))
+    if failed:
+        raise MemoryError(f"too little memory for a sample of {T} time steps, {C} channels and {N} places")
