@@ -59,7 +59,7 @@ def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers:
         kept = torch.ones(len(x), dtype=torch.bool, device=x.device) if kept is None else kept  # one graph for both
         s = _Compiled.apply(y, space, kept, numbers, leaky, surrogate, tuple(parameters), *parameters.values())
     else:
-        s = in_place(y, space, kept, numbers, leaky, surrogate, parameters, large)
+        s = in_place(y, space, kept, numbers, leaky, surrogate, parameters, anew=large)
     return as_it_was(s, space, x.shape)
 
 

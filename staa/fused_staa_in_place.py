@@ -4,11 +4,9 @@ tensors that are there already, and differentiated by hand. What it computes sta
 
 What hangs together over time is small, but autograd would note each of its operators at every step, and on that a small
 network would spend its time. Here the gradients of the weights are products over all steps and samples at once; and all
-that the current's gradient receives through GC and the means is added to it as one product of rank 3. A large current
-is computed some samples after others, so that what is between lies in the cache.
+that the current's gradient receives through GC and the means is added to it as one product of rank 3.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -16,20 +14,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .fused import first_derivative, membrane_type
-from .fused_lif import SLICE, fire, fire_backward_in_place, reset
+from .fused_lif import fire, fire_backward_in_place, reset
 from .surrogate import Surrogate
 
 
 def in_place(x: Tensor, space: int, kept: Tensor | None, numbers: tuple, leaky: bool, surrogate: Surrogate,
-             parameters: dict[str, Tensor], large: bool) -> Tensor:
-    """Spikes for the current x as it lies; the rest is as in `fused_staa.equations`. large: whether x and the
-    parameters alone are kept for the backward pass, which then computes everything once more."""
+             parameters: dict[str, Tensor], anew: bool) -> Tensor:
+    """Spikes for the current x as it lies; the rest is as in `fused_staa.equations`. anew: whether x and the parameters
+    alone are kept for the backward pass, which then computes everything once more."""
     alpha, decay, gain, *rule = numbers
     leak, decay = (decay, 1.0) if leaky else (1.0, decay)
     total, rest = (alpha, 0.0) if "sa.squeeze.weight" in parameters else (decay + gain, rule[1] * (1 - decay))
     neuron = Neuron(space, kept, alpha, leak, decay, total, rest, (surrogate, *rule))
-    keep = torch.is_grad_enabled() and not large
-    return _InPlace.apply(x, neuron, keep, large, tuple(parameters), *parameters.values())
+    return _InPlace.apply(x, neuron, torch.is_grad_enabled() and not anew, tuple(parameters), *parameters.values())
 
 
 class Neuron(NamedTuple):
@@ -65,10 +62,8 @@ class Neuron(NamedTuple):
 
 class _InPlace(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, neuron, keep, large, names, *values):
-        s, state = torch.empty_like(x), {}
-        for part in slices(x, large):
-            state = forward(x[:, part], s[:, part], neuron, dict(zip(names, values)), keep)
+    def forward(ctx, x, neuron, keep, names, *values):
+        s, state = forward(x, neuron, dict(zip(names, values)), keep)
         ctx.save_for_backward(x, *values, *state.values())
         ctx.neuron, ctx.names, ctx.state = neuron, names, tuple(state)
         return s
@@ -78,37 +73,15 @@ class _InPlace(torch.autograd.Function):
     def backward(ctx, ds):
         x, *saved = ctx.saved_tensors
         parameters, state = dict(zip(ctx.names, saved)), dict(zip(ctx.state, saved[len(ctx.names):]))
-        dx, gradients = torch.empty_like(x), dict[str, Tensor]()
         with torch.autocast(x.device.type, enabled=False):  # as it was on the way forward, see `STAALIF`
-            for part in slices(x, not state):
-                again = state or forward(x[:, part], None, ctx.neuron, parameters, keep=True)
-                found = backward(ds[:, part], x[:, part], dx[:, part], ctx.neuron, parameters, again)
-                gradients = {name: gradients[name] + found[name] for name in ctx.names} if gradients else found
-        return dx, None, None, None, None, *[gradients[name] for name in ctx.names]
+            state = state or forward(x, ctx.neuron, parameters, keep=True)[1]
+            dx, gradients = backward(ds, x, ctx.neuron, parameters, state)
+        return dx, None, None, None, *[gradients[name] for name in ctx.names]
 
 
-def slices(x: Tensor, large: bool) -> list[slice]:
-    """Of the samples of x (T, B, ...): all, or on a CPU, of a large current, so many that a step's maps lie in the
-    cache."""
-    size = max(SLICE // x[0, 0].numel(), 1) if large and x.device.type == "cpu" else x.shape[1]
-    return [slice(start, start + size) for start in range(0, x.shape[1], size)]
-
-
-def maps(*tensors: Tensor) -> Iterable:
-    """Tensors (T, B, ...) as (T B, ...), or step by step where torch would have to copy them, since they are of some
-    samples only."""
-    whole = all(x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
-    return [[x.flatten(0, 1) for x in tensors]] if whole else zip(*tensors)
-
-
-def weighed(x: Tensor, weights: Tensor) -> Tensor:
-    """The sum over n of x (T, B, n, m), weighed by (T, B, n)."""
-    return torch.cat([w @ y for w, y in maps(weights.unsqueeze(-2), x)]).view(*x.shape[:2], -1)
-
-
-def forward(x: Tensor, s: Tensor | None, z: Neuron, parameters: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Spikes into s, as x lies, unless it is None; and what the backward pass needs, by name, if that is to be kept."""
-    x = x.to(membrane_type(x))
+def forward(x: Tensor, z: Neuron, parameters: dict[str, Tensor], keep: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Spikes, as x lies, and what the backward pass needs, by name; nothing where it is not to be kept."""
+    s, x = torch.empty_like(x), x.to(membrane_type(x))
     T, B, C, state = len(x), x.shape[1], x.shape[-3 - z.space], {}
     surrogate, v_th, v_reset, *_ = z.rule
 
@@ -119,8 +92,8 @@ def forward(x: Tensor, s: Tensor | None, z: Neuron, parameters: dict[str, Tensor
         key, query, norm, value = ((parameters[f"gc.{name}.weight"], parameters[f"gc.{name}.bias"])
                                    for name in ("key", "query", "norm", "value"))
         y = x if z.space == -2 else x.mT                                          # (T, B, N, C)
-        k = (weighed(y.mT, key[0].expand(T, B, -1)) + key[1]).softmax(-1)         # (T, B, N), eq. 7; PE cancels
-        context = weighed(y, k) + added
+        k = ((key[0] @ y.mT).squeeze(-2) + key[1]).softmax(-1)                    # (T, B, N), eq. 7; PE cancels
+        context = (k.unsqueeze(-2) @ y).squeeze(-2) + added
         q = F.linear(context, *query)
         normed, mean, scale = torch.native_layer_norm(q, q.shape[-1:], *norm, 1e-5)
         added = added + F.linear(normed.relu_(), *value)                          # eqs. 8, 9
@@ -137,10 +110,10 @@ def forward(x: Tensor, s: Tensor | None, z: Neuron, parameters: dict[str, Tensor
         squeeze, excite = ((parameters[f"sa.{name}.weight"], parameters[f"sa.{name}.bias"])
                            for name in ("squeeze", "excite"))
         seen = seen + x.mean(z.space)
-    us, hm = x.new_empty(T if keep else 1, *x.shape[1:]), torch.full_like(x[0], v_reset)
+    us, hm = torch.empty_like(x if keep else x[:1]), torch.full_like(x[0], v_reset)
     p, hm_mean = torch.full_like(added[0], z.decay), torch.full_like(added[0], v_reset)
     pools, hiddens, ps = [], [], []
-    for t, x_t in enumerate(x.unbind()):
+    for t, (x_t, s_t) in enumerate(zip(x.unbind(), s.unbind())):
         if sa:                                                                    # (B, C), eq. 12
             pools.append(seen[t] + hm_mean)
             hiddens.append(F.linear(pools[-1], *squeeze).relu_())
@@ -153,21 +126,20 @@ def forward(x: Tensor, s: Tensor | None, z: Neuron, parameters: dict[str, Tensor
         u = torch.addcmul(w_t.unsqueeze(z.space), new, x_t, out=us[t if keep else 0])
         if t or v_reset:
             u.addcmul_(past, hm)
-        if s is not None:
-            fire(u, s[t], surrogate, v_th)
+        fire(u, s_t, surrogate, v_th)
         if t < T - 1:
             z.hand_on(u, hm)
             hm_mean = hm.mean(z.space) if sa else hm_mean
     if not keep:
-        return {}
+        return s, {}
     state |= dict(pool=torch.stack(pools), hidden=torch.stack(hiddens)) if sa else {}
-    return state | dict(u=us, p=torch.stack(ps), slope=slope)
+    return s, state | dict(u=us, p=torch.stack(ps), slope=slope)
 
 
-def backward(ds: Tensor, x: Tensor, dx: Tensor, z: Neuron, parameters: dict[str, Tensor],
-             state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradient of x, into dx, and those of the parameters by their names."""
-    x = x.to(membrane_type(x))
+def backward(ds: Tensor, x: Tensor, z: Neuron, parameters: dict[str, Tensor],
+             state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The gradients of x, and of the parameters by their names."""
+    dtype, x = x.dtype, x.to(membrane_type(x))
     T, N, us, ps, slope, sa = len(x), x.shape[z.space], state["u"], state["p"], state["slope"], "hidden" in state
     kept = None if z.kept is None else z.kept.view(-1, 1, 1)
     gradients: dict[str, Tensor] = {}
@@ -176,8 +148,7 @@ def backward(ds: Tensor, x: Tensor, dx: Tensor, z: Neuron, parameters: dict[str,
         gradients[f"{name}.weight"] = dy.flatten(0, 1).mT @ y.flatten(0, 1)
         gradients[f"{name}.bias"] = dy.sum((0, 1))
 
-    dus = dx if dx.dtype == x.dtype else torch.empty_like(x)
-    dw, dmean = torch.empty_like(ps), torch.zeros_like(ps)                        # dmean: for each position
+    dx, dw, dmean = torch.empty_like(x), torch.empty_like(ps), torch.zeros_like(ps)  # dmean: for each position
     p, q = z.weights(ps, kept)
     if sa:
         slope_of_p, awake = ps * (1 - ps / z.alpha), state["hidden"] > 0
@@ -186,7 +157,7 @@ def backward(ds: Tensor, x: Tensor, dx: Tensor, z: Neuron, parameters: dict[str,
         dexcite, dsqueeze = torch.empty_like(ps), torch.empty_like(state["hidden"])
     room, hm, dhm = x.new_empty(3, *x.shape[1:]).unbind()
     for t in reversed(range(T)):
-        du = dus[t]
+        du = dx[t]
         fire_backward_in_place(us[t], ds[t], dhm if t < T - 1 else None, z.leak, (room, dhm), du, *z.rule)
         torch.sum(du, z.space, out=dw[t])
         if sa:
@@ -198,7 +169,7 @@ def backward(ds: Tensor, x: Tensor, dx: Tensor, z: Neuron, parameters: dict[str,
         if t:
             torch.addcmul(dmean[t].unsqueeze(z.space), p[t], du, out=dhm)
 
-    dus.mul_(q)
+    dx.mul_(q)
     dw = dw if kept is None else dw * kept
     dseen, dslope = N * dmean, ps * dw
     dadded = z.total * dw - dslope + dseen
@@ -215,19 +186,16 @@ def backward(ds: Tensor, x: Tensor, dx: Tensor, z: Neuron, parameters: dict[str,
         weights_of("gc.query", dq, state["context"])
         dcontext = dq @ parameters["gc.query.weight"]
         k, key, y = state["k"], parameters["gc.key.weight"], x if z.space == -2 else x.mT
-        dk = weighed(y.mT, dcontext)
+        dk = (dcontext.unsqueeze(-2) @ y.mT).squeeze(-2)
         dlogits = k * (dk - (k * dk).sum(-1, keepdim=True))
-        gradients["gc.key.weight"] = weighed(y, dlogits).sum((0, 1)).unsqueeze(0)
+        gradients["gc.key.weight"] = (dlogits.unsqueeze(-2) @ y).sum((0, 1))
         gradients["gc.key.bias"] = torch.zeros_like(parameters["gc.key.bias"])    # the softmax does not see it
-        positions = torch.stack([k, dlogits, torch.ones_like(k)], 2)              # (T, B, 3, N)
-        channels = torch.stack([dcontext, key.expand_as(dcontext), dmean], 2)     # (T, B, 3, C)
+        positions = torch.stack([k, dlogits, torch.ones_like(k)], 2).flatten(0, 1)                    # (T B, 3, N)
+        channels = torch.stack([dcontext, key.expand_as(dcontext), dmean], 2).flatten(0, 1)           # (T B, 3, C)
         rows, columns = (positions, channels) if z.space == -2 else (channels, positions)
-        for du, rows_t, columns_t in maps(dus, rows, columns):
-            du.baddbmm_(rows_t.mT, columns_t)
+        dx.flatten(0, 1).baddbmm_(rows.mT, columns)
         dadded = dadded + dcontext
     elif sa:
-        dus += dmean.unsqueeze(z.space)
+        dx += dmean.unsqueeze(z.space)
     gradients["pe_input.weight"] = dadded.sum(1)
-    if dus is not dx:
-        dx.copy_(dus)
-    return gradients
+    return dx.to(dtype), gradients

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 import staa
-from staa import fused, fused_lif, fused_staa, fused_staa_cpu, fused_staa_in_place
+from staa import fused, fused_lif, fused_staa, fused_staa_cpu
 from staa.attention import STAALIF
 from staa.fsta import FSTALIF
 from staa.neuron import LIF
@@ -93,6 +93,10 @@ class OwnSTAALIF(STAALIF):
     """Which is not written in C, since its surrogate is its own."""
 
     surrogate = Surrogate(RECTANGLE.gradient)
+
+
+class OwnLeakySTAALIF(LeakySTAALIF):
+    surrogate = OwnSTAALIF.surrogate
 
 
 @few
@@ -192,11 +196,20 @@ def test_in_c_too_little_memory_is_said(monkeypatch):
 @pytest.mark.parametrize("blocks", [{}, dict(sa=False, v_reset=-0.3), dict(gc=False, pe_place="both", beta=0.5),
                                     dict(pe_place="output"), dict(gc=False, pe=False, sa=False, beta=0.5)])
 def test_staa_as_torch_compiles_it(channels_last, blocks):
-    """But for the compiling, which takes half a minute each: test_gpu has it, and the surrogate below."""
+    """But for the compiling, which takes half a minute each: see below, and test_gpu."""
     fused.WORTH_COMPILING = WAYS["compiled"]
     with torch.compiler.set_stance("force_eager"):
         for shape in ((3, 2, 5, 4, 3), (2, 1, 1, 6, 5)):
             same(shaken(OwnSTAALIF(shape[2], shape[0], **blocks).double()), current(shape, channels_last=channels_last))
+
+
+@pytest.mark.parametrize("neuron, blocks, channels_last", [
+    (OwnSTAALIF, dict(sa=False, v_reset=-0.3), False), (OwnSTAALIF, dict(gc=False, pe_place="output", beta=0.5), True),
+    (OwnLeakySTAALIF, dict(decay=0.5, v_reset=-0.3, pe_place="both", beta=0.5), True)])
+def test_staa_with_a_surrogate_of_its_own_compiled(neuron, blocks, channels_last):
+    fused.WORTH_COMPILING = WAYS["compiled"]
+    for shape in ((3, 2, 5, 4, 3), (3, 1, 2, 6, 5)):
+        same(shaken(neuron(shape[2], shape[0], **blocks).double()), current(shape, channels_last=channels_last))
 
 
 def siblings(T, numbers) -> list:
@@ -505,16 +518,13 @@ def test_of_a_small_current_the_potential_is_kept(channels_last):
     assert x.nbytes <= saved_bytes(STAALIF(16, 4), x) <= 1.25 * x.nbytes
 
 
-@pytest.mark.parametrize("slice_size", [1, 130, 2 ** 19])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_without_a_compiler_a_large_current_is_computed_anew(channels_last, slice_size, monkeypatch):
-    """Some samples after others: one, two and all three at once."""
+def test_without_a_compiler_a_large_current_is_computed_anew(channels_last, monkeypatch):
     fused.WORTH_COMPILING = 0
     monkeypatch.setattr(fused, "compiler", lambda device: False)
     monkeypatch.setattr(fused_staa_cpu, "available", lambda: False)
-    monkeypatch.setattr(fused_staa_in_place, "SLICE", slice_size)
     for blocks in ({}, dict(sa=False), dict(gc=False, pe_place="both", beta=0.5)):
-        same(shaken(STAALIF(5, 3, **blocks).double()), current((3, 3, 5, 4, 3), channels_last=channels_last))
+        same(shaken(STAALIF(5, 3, **blocks).double()), current((3, 2, 5, 4, 3), channels_last=channels_last))
 
 
 def test_compiled_in_one_graph():
