@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import fused_staa_cpu
 from .fused import (
     compiles,
     constants,
@@ -35,7 +34,7 @@ from .fused import (
     shared_memory,
 )
 from .fused_lif import written_by_hand
-from .fused_staa_cpu import in_c
+from .fused_staa_cpu import in_c, staa_in_c
 from .fused_staa_in_place import in_place
 from .surrogate import Surrogate
 
@@ -54,7 +53,7 @@ def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers:
         from .fused_staa_gpu import by_hand  # Triton, which is not everywhere
         s = by_hand(y, space, kept, numbers, leaky, parameters)
     elif large and in_c(x, surrogate, parameters):
-        s = fused_staa_cpu.by_hand(y, space, kept, numbers, leaky, parameters)
+        s = staa_in_c(y, space, kept, numbers, leaky, parameters)
     elif compiles(x, is_differentiated(x, *parameters.values()), x.shape[2]):
         kept = torch.ones(len(x), dtype=torch.bool, device=x.device) if kept is None else kept  # one graph for both
         s = _Compiled.apply(y, space, kept, numbers, leaky, surrogate, tuple(parameters), *parameters.values())

@@ -83,8 +83,8 @@ def run(*arguments: str) -> None:
     subprocess.run([*shlex.split(os.environ.get("CC", "cc")), *arguments], check=True, capture_output=True)
 
 
-def by_hand(x: Tensor, space: int, kept: Tensor | None, numbers: tuple, leaky: bool,
-            parameters: dict[str, Tensor]) -> Tensor:
+def staa_in_c(x: Tensor, space: int, kept: Tensor | None, numbers: tuple, leaky: bool,
+              parameters: dict[str, Tensor]) -> Tensor:
     """Spikes for the current x as it lies; the rest is as in `fused_staa.equations`."""
     alpha, decay, gain, v_th, v_reset, a = numbers
     leak, decay = (decay, 1.0) if leaky else (1.0, decay)
