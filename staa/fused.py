@@ -2,8 +2,8 @@
 `fused_lif.py` and `fused_staa.py` only compute it faster, and are tested against them.
 
 A neuron is limited by memory traffic: for the backward pass of a large current the membrane potential is not kept, but
-computed anew. There are three ways: the equations compiled (Inductor, Triton); with the paper's surrogate, for the LIF
-and the STAA neuron on a GPU and for the STAA neuron on a CPU, functions written by hand, in Triton and in C; and, where
+computed anew. There are three ways: functions written by hand, for the STAA neuron on a CPU in C, and for it and LIF
+on a GPU, with the paper's surrogate, in Triton; elsewhere the equations compiled (Inductor, Triton); and, where
 there is no compiler or nothing to gain by it, operators in place. (One difference: where a potential is NaN or
 infinite, it and its gradients are NaN after the reset in the equations, and may be 0 here.)
 
@@ -47,10 +47,10 @@ def is_large(x: Tensor, channels: int = 64) -> bool:
     return x.numel() * max(channels, 64) >= WORTH_COMPILING * 64
 
 
-def compiles(x: Tensor, differentiated: bool, channels: int = 64) -> bool:
+def compiles(x: Tensor, differentiated: bool) -> bool:
     """Whether x is worth compiling for, and there is a compiler for its device. On a CPU only where a gradient will be
     asked for: on the way forward, operators in place are nearly as fast."""
-    return is_large(x, channels) and (differentiated or on_gpu(x)) and compiler(x.device.type)
+    return is_large(x) and (differentiated or on_gpu(x)) and compiler(x.device.type)
 
 
 @functools.cache

@@ -64,9 +64,10 @@ static void look(const sizes *d, const parameters *g, const real *x, real *k, ro
     for (count c = 0; c < C; c++) r.added[c] += room[c];
 }
 
-// Of sample b, spikes into s, or where it is NULL, potentials into u (T, N, C). k (T, N); rows of `work`: every `by`th.
-static void forward(const sizes *d, const parameters *g, rule z, count b, const real *x, real *s, real *work, count by,
-                    real *k, real *u, real *hm, real *room) {
+// Of sample b, spikes into s, or where it is NULL, potentials into u, time steps `apart`. k (T, N); rows of `work`:
+// every `by`th.
+static void forward(const sizes *d, const parameters *g, rule z, count b, const real *x, real *s, real *u, count apart,
+                    real *work, count by, real *k, real *hm, real *room) {
     count T = d->T, C = d->C, map = d->N * C;
     real *p = room, *q = room + C, *w = room + 2 * C, *hm_mean = room + 3 * C;
     room += 4 * C;
@@ -98,7 +99,7 @@ static void forward(const sizes *d, const parameters *g, rule z, count b, const 
             q[c] = kept ? z.total - r.p[c] : 1;
             w[c] = kept ? z.total * r.added[c] + z.offset + pe + r.p[c] * r.slope[c] : 0;
         }
-        step(d, !s, x + here, hm, p, q, w, s ? s + here : u + t * map, hm_mean, room, z);
+        step(d, !s, x + here, hm, p, q, w, s ? s + here : u + t * apart, hm_mean, room, z);
         for (count c = 0; c < C; c++) hm_mean[c] /= d->N;
     }
 }
@@ -139,8 +140,8 @@ static void look_backward(const sizes *d, const parameters *g, const real *x, co
 }
 
 // Of sample b, the gradient of x, and rows of `work`, of which those of the parameters are made; after `forward`.
-static void backward(const sizes *d, const parameters *g, rule z, count b, const real *x, const real *ds, real *dx,
-                     real *work, const real *k, const real *u, real *dl, real *room) {
+static void backward(const sizes *d, const parameters *g, rule z, count b, const real *x, const real *ds,
+                     const real *slopes, real *dx, real *work, const real *k, const real *u, real *dl, real *room) {
     count T = d->T, B = d->B, N = d->N, C = d->C, map = N * C;
     real *p = room, *dp = room + C;
     row later = {0};
@@ -149,8 +150,9 @@ static void backward(const sizes *d, const parameters *g, rule z, count b, const
         row r = at(work, t * B, d);
         count kept = !g->kept || g->kept[t], here = (t * B + b) * map;
         step_backward(d, u + t * map, t ? u + (t - 1) * map : NULL, x + here, ds + here,
-                      t < T - 1 ? dx + here + B * map : NULL, p, t < T - 1 ? later.dmean : p, dx + here, r.doutput, dp,
-                      room, z);
+                      slopes ? slopes + (t * (d->end - d->first) + b - d->first) * map : NULL,
+                      t < T - 1 ? dx + here + B * map : NULL, p, t < T - 1 ? later.dmean : p, dx + here, r.doutput,
+                      dp, room, z);
         for (count c = 0; c < C; c++) {
             r.dexcite[c] = kept ? (dp[c] + r.slope[c] * r.doutput[c]) * r.p[c] * (1 - r.p[c] / z.alpha) : 0;
             r.dmean[c] = 0;
@@ -180,29 +182,31 @@ static void backward(const sizes *d, const parameters *g, rule z, count b, const
 
 // Both return whether there was too little memory.
 
-#define EACH_SAMPLE(size, WORK)                                   \
-    count T = d->T, N = d->N, C = d->C, failed = 0;                \
-    _Pragma("omp parallel reduction(|:failed)")                    \
-    {                                                              \
-        real *k = malloc(((T + 1) * N + (size)) * sizeof(real));   \
-        real *rest = k + (T + 1) * N;                              \
-        failed = !k;                                               \
-        _Pragma("omp for schedule(dynamic)")                       \
-        for (count b = 0; b < d->B; b++) if (k) { WORK; }          \
-        free(k);                                                   \
-    }                                                              \
+#define EACH_SAMPLE(size, ...)                                            \
+    count T = d->T, N = d->N, C = d->C, failed = 0;                       \
+    _Pragma("omp parallel reduction(|:failed)")                           \
+    {                                                                     \
+        real *k = malloc(((T + 1) * N + (size)) * sizeof(real));          \
+        real *rest = k + (T + 1) * N;                                     \
+        failed = !k;                                                      \
+        _Pragma("omp for schedule(dynamic)")                              \
+        for (count b = d->first; b < d->end; b++) if (k) { __VA_ARGS__; } \
+        free(k);                                                          \
+    }                                                                     \
     return failed
 
-// S (T, B, N, C) or (T, B, C, N) of X.
-count staa(const sizes *d, const parameters *g, const rule *z, const real *x, real *s) {
+// S (T, B, N, C) or (T, B, C, N) of X; or where it is NULL, U, of the samples asked for alone.
+count staa(const sizes *d, const parameters *g, const rule *z, const real *x, real *s, real *u) {
     EACH_SAMPLE(N * C + T * d->M + 8 * C,
-                forward(d, g, *z, b, x, s, rest + N * C, 1, k, NULL, rest, rest + N * C + T * d->M));
+                forward(d, g, *z, b, x, s, s ? NULL : u + (b - d->first) * N * C, (d->end - d->first) * N * C,
+                        rest + N * C, 1, k, rest, rest + N * C + T * d->M));
 }
 
-// dX, and of the parameters `work` (T, B, M), from dS.
-count staa_backward(const sizes *d, const parameters *g, const rule *z, const real *x, const real *ds, real *dx,
-                    real *work) {
+// dX, and of the parameters `work` (T, B, M), from dS, and from slopes, dS/dU, as U above; NULL where they are eq. 5's.
+count staa_backward(const sizes *d, const parameters *g, const rule *z, const real *x, const real *ds,
+                    const real *slopes, real *dx, real *work) {
     EACH_SAMPLE((T + 1) * N * C + 8 * C,
-                forward(d, g, *z, b, x, NULL, work + b * d->M, d->B, k, rest, rest + T * N * C, rest + (T + 1) * N * C);
-                backward(d, g, *z, b, x, ds, dx, work + b * d->M, k, rest, k + T * N, rest + (T + 1) * N * C));
+                real *hm = rest + T * N * C, *room = hm + N * C, *rows = work + b * d->M;
+                forward(d, g, *z, b, x, NULL, rest, N * C, rows, d->B, k, hm, room);
+                backward(d, g, *z, b, x, ds, slopes, dx, rows, k, rest, k + T * N, room));
 }

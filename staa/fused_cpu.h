@@ -15,10 +15,12 @@ typedef long long count;
 
 typedef struct {
     count last, T, B, N, C, J, H, M;  // J, H: sizes of GC's query and of SA's squeeze; M: of a row
+    count first, end;                 // of the samples that are asked for
 } sizes;
 
 typedef struct {
     real v_th, v_reset, half, height;    // half, height: of eq. 5's rectangle
+    real through;                        // 1 where a spike's gradient reaches Hm, which it resets, else 0
     real leak, rest;                     // Hm is handed on as leak Hm + rest
     real alpha, decay, total, offset;    // U = p Hm + q X + w, q = total - p, w = total added + offset + p slope
 } rule;
@@ -82,9 +84,13 @@ static inline real hand_on(real u, rule z) {  // eq. 3
     return z.leak * (u * (1 - s) + z.v_reset * s) + z.rest;
 }
 
-static inline real fire_backward(real u, real ds, real dhm, rule z) {  // eqs. 2, 3 and 5
-    real v = u - z.v_th, inside = (v <= z.half) & (v >= -z.half) ? z.height : (real)0;
-    return (ds + dhm * (z.v_reset - u)) * inside + dhm * (1 - fire(u, z));
+static inline real rectangle(real u, rule z) {  // eq. 5
+    real v = u - z.v_th;
+    return (v <= z.half) & (v >= -z.half) ? z.height : (real)0;
+}
+
+static inline real fire_backward(real u, real ds, real dhm, real slope, rule z) {  // eqs. 2 and 3
+    return (ds + z.through * dhm * (z.v_reset - u)) * slope + dhm * (1 - fire(u, z));
 }
 
 #define IN_ROWS static inline __attribute__((always_inline)) void  // with constants for what is asked in the loops
@@ -106,9 +112,9 @@ IN_ROWS step_rows(int last, int keep, const real *x, real *hm, const real *p, co
     }
 }
 
-IN_ROWS step_rows_backward(int last, int starts, int ends, const real *u, const real *before, const real *x,
-                           const real *ds, const real *dlater, const real *p, const real *dmean, real *du, real *dw,
-                           real *dp, count rows, count columns, rule z) {
+IN_ROWS step_rows_backward(int last, int own, int starts, int ends, const real *u, const real *before, const real *x,
+                           const real *ds, const real *slopes, const real *dlater, const real *p, const real *dmean,
+                           real *du, real *dw, real *dp, count rows, count columns, rule z) {
     for (count i = 0; i < rows; i++) {
         count at = i * columns;
         real w_sum = 0, p_sum = 0;
@@ -117,7 +123,8 @@ IN_ROWS step_rows_backward(int last, int starts, int ends, const real *u, const 
             count c = last ? j : 0;
             real dhm = ends ? 0 : z.leak * (dmean[c] + p[c] * dlater[at + j]);
             real hm = starts ? z.v_reset : hand_on(before[at + j], z);
-            real d = fire_backward(u[at + j], ds[at + j], dhm, z), product = d * (hm - x[at + j]);
+            real slope = own ? slopes[at + j] : rectangle(u[at + j], z);
+            real d = fire_backward(u[at + j], ds[at + j], dhm, slope, z), product = d * (hm - x[at + j]);
             du[at + j] = d;
             if (last) dw[j] += d, dp[j] += product;
             else w_sum += d, p_sum += product;
@@ -154,22 +161,23 @@ static void step(const sizes *d, int keep, const real *x, real *hm, const real *
 
 // From U[t], U[t-1] (`before`), X[t] and dS[t] to dU[t], and the sums over space of it, `first`, and of its product
 // with Hm[t-1] - X[t], `second`. dlater, p, dmean: dU[t+1], p then, and what reaches Hm[t] through its mean. NULL are
-// `before` at the first step, and dlater at the last.
+// `before` at the first step, dlater at the last, and slopes, dS/dU, where they are eq. 5's.
 static void step_backward(const sizes *d, const real *u, const real *before, const real *x, const real *ds,
-                          const real *dlater, const real *p, const real *dmean, real *du, real *first, real *second,
-                          real *room, rule z) {
+                          const real *slopes, const real *dlater, const real *p, const real *dmean, real *du,
+                          real *first, real *second, real *room, rule z) {
     count N = d->N, C = d->C;
     real *a = room, *b = room + C;
     memset(first, 0, C * sizeof(real)), memset(second, 0, C * sizeof(real));
-    count starts = !before, ends = !dlater;
-    before = starts ? u : before, dlater = ends ? u : dlater;  // of which nothing is read
-    #define BACK(last, starts, ends)                                                                             \
-        EACH_PART(last, step_rows_backward(last, starts, ends, u + start, before + start, x + start, ds + start, \
-                                           dlater + start, p + c, dmean + c, du + start, a, b, rows, columns, z))
-    #define WHEN(last)                           \
-        if (!starts && !ends) BACK(last, 0, 0)   \
-        else if (!starts) BACK(last, 0, 1)       \
-        else if (!ends) BACK(last, 1, 0)         \
-        else BACK(last, 1, 1)
-    if (d->last) { WHEN(1) } else { WHEN(0) }
+    count own = !!slopes, starts = !before, ends = !dlater;
+    before = starts ? u : before, dlater = ends ? u : dlater, slopes = own ? slopes : u;  // of which nothing is read
+    #define BACK(last, own, starts, ends)                                                                       \
+        EACH_PART(last, step_rows_backward(last, own, starts, ends, u + start, before + start, x + start,       \
+                                           ds + start, slopes + start, dlater + start, p + c, dmean + c,        \
+                                           du + start, a, b, rows, columns, z))
+    #define WHEN(last, own)                           \
+        if (!starts && !ends) BACK(last, own, 0, 0)   \
+        else if (!starts) BACK(last, own, 0, 1)       \
+        else if (!ends) BACK(last, own, 1, 0)         \
+        else BACK(last, own, 1, 1)
+    if (d->last && own) { WHEN(1, 1) } else if (d->last) { WHEN(1, 0) } else if (own) { WHEN(0, 1) } else { WHEN(0, 0) }
 }

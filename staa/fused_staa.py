@@ -6,12 +6,11 @@ X~ - X does not depend on space, so X~ never comes to be. All that the aggregato
     U[t] = p Hm[t-1] + q X[t] + w       with p, q and w a number a sample and channel, (B, C)
 
 and what it has to know of the current are two means over space: the one that GC's attention weighs, and the plain one.
-With the paper's surrogate they and their gradient are written by hand, in Triton for a GPU (`fused_staa_gpu.py`) and in
-C for a CPU (`fused_staa_cpu.py`); with another they are each compiled as a whole; in a network that the reader
-compiles, they are traced as they stand. For what is small, where there is no compiler, and with another surrogate on a
-CPU where no gradient is asked for, operators of torch compute them, differentiated by hand (`fused_staa_in_place.py`).
-For the backward pass of a large current nothing is kept but the current (on a GPU by hand, and some numbers a sample
-and channel); all the rest is computed anew.
+They and their gradient are written by hand: for a GPU and the paper's surrogate in Triton (`fused_staa_gpu.py`), where
+with another they are each compiled as a whole; and for a CPU in C (`fused_staa_cpu.py`). In a network that the reader
+compiles, they are traced as they stand. For what is small, or where there is no compiler, operators of torch compute
+them, differentiated by hand (`fused_staa_in_place.py`). For the backward pass of a large current nothing is kept but
+the current (on a GPU by hand, and some numbers a sample and channel); all the rest is computed anew.
 
 Inside, space is one axis, and x lies as in memory: (T, B, HW, C) where the network is channels-last, and (T, B, C, HW)
 where not.
@@ -23,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import fused
 from .fused import (
-    compiles,
     constants,
     first_derivative,
     is_channels_last,
@@ -52,19 +51,14 @@ def staa(x: Tensor, parameters: dict[str, Tensor], kept: Tensor | None, numbers:
     elif large and is_by_hand(x, surrogate, parameters):
         from .fused_staa_gpu import by_hand  # Triton, which is not everywhere
         s = by_hand(y, space, kept, numbers, leaky, parameters)
-    elif large and in_c(x, surrogate, parameters):
-        s = staa_in_c(y, space, kept, numbers, leaky, parameters)
-    elif compiles(x, is_differentiated(x, *parameters.values()), x.shape[2]):
+    elif in_c(x, surrogate, parameters):
+        s = staa_in_c(y, space, kept, numbers, leaky, surrogate, parameters)
+    elif large and fused.on_gpu(x) and fused.compiler(x.device.type):
         kept = torch.ones(len(x), dtype=torch.bool, device=x.device) if kept is None else kept  # one graph for both
         s = _Compiled.apply(y, space, kept, numbers, leaky, surrogate, tuple(parameters), *parameters.values())
     else:
         s = in_place(y, space, kept, numbers, leaky, surrogate, parameters, anew=large)
     return as_it_was(s, space, x.shape)
-
-
-def is_differentiated(*tensors: Tensor) -> bool:
-    """Whether autograd notes what is computed of them."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def is_by_hand(x: Tensor, surrogate: Surrogate, parameters: dict[str, Tensor]) -> bool:
