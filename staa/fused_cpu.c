@@ -143,16 +143,15 @@ static void look_backward(const sizes *d, const parameters *g, const real *x, co
 static void backward(const sizes *d, const parameters *g, rule z, count b, const real *x, const real *ds,
                      const real *slopes, real *dx, real *work, const real *k, const real *u, real *dl, real *room) {
     count T = d->T, B = d->B, N = d->N, C = d->C, map = N * C;
-    real *p = room, *dp = room + C;
-    row later = {0};
+    real *p = room, *dp = room + C, *dmean = p;
     room += 2 * C;
+    for (count c = 0; c < C; c++) p[c] = 0;
     for (count t = T - 1; t >= 0; t--) {
         row r = at(work, t * B, d);
         count kept = !g->kept || g->kept[t], here = (t * B + b) * map;
         step_backward(d, u + t * map, t ? u + (t - 1) * map : NULL, x + here, ds + here,
                       slopes ? slopes + (t * (d->end - d->first) + b - d->first) * map : NULL,
-                      t < T - 1 ? dx + here + B * map : NULL, p, t < T - 1 ? later.dmean : p, dx + here, r.doutput,
-                      dp, room, z);
+                      t < T - 1 ? dx + here + B * map : u + t * map, p, dmean, dx + here, r.doutput, dp, room, z);
         for (count c = 0; c < C; c++) {
             r.dexcite[c] = kept ? (dp[c] + r.slope[c] * r.doutput[c]) * r.p[c] * (1 - r.p[c] / z.alpha) : 0;
             r.dmean[c] = 0;
@@ -164,7 +163,7 @@ static void backward(const sizes *d, const parameters *g, rule z, count b, const
             sum_of_rows(g->squeeze, r.dsqueeze, r.dmean, d->H, C);
             for (count c = 0; c < C; c++) r.dmean[c] /= N;
         }
-        later = r;
+        dmean = r.dmean;
     }
     for (count t = 0; t < T; t++) {
         row r = at(work, t * B, d);

@@ -112,7 +112,7 @@ IN_ROWS step_rows(int last, int keep, const real *x, real *hm, const real *p, co
     }
 }
 
-IN_ROWS step_rows_backward(int last, int own, int starts, int ends, const real *u, const real *before, const real *x,
+IN_ROWS step_rows_backward(int last, int own, real first, const real *u, const real *before, const real *x,
                            const real *ds, const real *slopes, const real *dlater, const real *p, const real *dmean,
                            real *du, real *dw, real *dp, count rows, count columns, rule z) {
     for (count i = 0; i < rows; i++) {
@@ -121,8 +121,8 @@ IN_ROWS step_rows_backward(int last, int own, int starts, int ends, const real *
         #pragma omp simd reduction(+:w_sum, p_sum)
         for (count j = 0; j < columns; j++) {
             count c = last ? j : 0;
-            real dhm = ends ? 0 : z.leak * (dmean[c] + p[c] * dlater[at + j]);
-            real hm = starts ? z.v_reset : hand_on(before[at + j], z);
+            real dhm = z.leak * (dmean[c] + p[c] * dlater[at + j]);
+            real hm = first * z.v_reset + (1 - first) * hand_on(before[at + j], z);
             real slope = own ? slopes[at + j] : rectangle(u[at + j], z);
             real d = fire_backward(u[at + j], ds[at + j], dhm, slope, z), product = d * (hm - x[at + j]);
             du[at + j] = d;
@@ -160,24 +160,20 @@ static void step(const sizes *d, int keep, const real *x, real *hm, const real *
 }
 
 // From U[t], U[t-1] (`before`), X[t] and dS[t] to dU[t], and the sums over space of it, `first`, and of its product
-// with Hm[t-1] - X[t], `second`. dlater, p, dmean: dU[t+1], p then, and what reaches Hm[t] through its mean. NULL are
-// `before` at the first step, dlater at the last, and slopes, dS/dU, where they are eq. 5's.
+// with Hm[t-1] - X[t], `second`. dlater, p, dmean: dU[t+1], p then, and what reaches Hm[t] through its mean; at the last
+// step any map, and zeros. NULL are `before` at the first step, and slopes, dS/dU, where they are eq. 5's.
 static void step_backward(const sizes *d, const real *u, const real *before, const real *x, const real *ds,
                           const real *slopes, const real *dlater, const real *p, const real *dmean, real *du,
                           real *first, real *second, real *room, rule z) {
     count N = d->N, C = d->C;
-    real *a = room, *b = room + C;
+    real *a = room, *b = room + C, starts = !before;
     memset(first, 0, C * sizeof(real)), memset(second, 0, C * sizeof(real));
-    count own = !!slopes, starts = !before, ends = !dlater;
-    before = starts ? u : before, dlater = ends ? u : dlater, slopes = own ? slopes : u;  // of which nothing is read
-    #define BACK(last, own, starts, ends)                                                                       \
-        EACH_PART(last, step_rows_backward(last, own, starts, ends, u + start, before + start, x + start,       \
-                                           ds + start, slopes + start, dlater + start, p + c, dmean + c,        \
-                                           du + start, a, b, rows, columns, z))
-    #define WHEN(last, own)                           \
-        if (!starts && !ends) BACK(last, own, 0, 0)   \
-        else if (!starts) BACK(last, own, 0, 1)       \
-        else if (!ends) BACK(last, own, 1, 0)         \
-        else BACK(last, own, 1, 1)
-    if (d->last && own) { WHEN(1, 1) } else if (d->last) { WHEN(1, 0) } else if (own) { WHEN(0, 1) } else { WHEN(0, 0) }
+    before = before ? before : u;
+    #define BACK(last, own, slopes) step_rows_backward(last, own, starts, u + start, before + start, x + start,  \
+                                                       ds + start, slopes, dlater + start, p + c, dmean + c,    \
+                                                       du + start, a, b, rows, columns, z)
+    if (d->last && slopes) EACH_PART(1, BACK(1, 1, slopes + start))
+    else if (d->last) EACH_PART(1, BACK(1, 0, NULL))
+    else if (slopes) EACH_PART(0, BACK(0, 1, slopes + start))
+    else EACH_PART(0, BACK(0, 0, NULL))
 }
