@@ -160,8 +160,8 @@ static void step(const sizes *d, int keep, const real *x, real *hm, const real *
 }
 
 // From U[t], U[t-1] (`before`), X[t] and dS[t] to dU[t], and the sums over space of it, `first`, and of its product
-// with Hm[t-1] - X[t], `second`. dlater, p, dmean: dU[t+1], p then, and what reaches Hm[t] through its mean; at the last
-// step any map, and zeros. NULL are `before` at the first step, and slopes, dS/dU, where they are eq. 5's.
+// with Hm[t-1] - X[t], `second`. dlater, p, dmean: dU[t+1], p then, and what reaches Hm[t] through its mean; at the
+// last step any map, and zeros. NULL are `before` at the first step, and slopes, dS/dU, where they are eq. 5's.
 static void step_backward(const sizes *d, const real *u, const real *before, const real *x, const real *ds,
                           const real *slopes, const real *dlater, const real *p, const real *dmean, real *du,
                           real *first, real *second, real *room, rule z) {

@@ -9,7 +9,9 @@ import functools
 import os
 import shlex
 import subprocess
+import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -60,7 +62,8 @@ def in_c(x: Tensor, surrogate: Surrogate, parameters: dict[str, Tensor]) -> bool
     fits = all(type(p) in (Tensor, nn.Parameter) and p.device == x.device and p.dim() == len(shape)
                and all(n == sizes[size] for n, size in zip(p.shape, shape))
                for p, shape in ((p, PARAMETERS.get(name, "1")) for name, p in parameters.items()))
-    return surrogate.fires is at_the_threshold and x.is_cpu and not fused.on_gpu(x) and fits and available()
+    return (surrogate.fires is at_the_threshold and x.is_cpu and not fused.on_gpu(x) and fits
+            and available(torch.is_grad_enabled() and fused.is_large(x, x.shape[2])))
 
 
 def sizes_of(T: int, C: int, parameters: dict[str, Tensor]) -> dict[str, int]:
@@ -70,9 +73,11 @@ def sizes_of(T: int, C: int, parameters: dict[str, Tensor]) -> dict[str, int]:
 
 
 @functools.cache
-def available() -> bool:
-    """Whether this machine compiles `fused_cpu.c`; one warning where it does not."""
-    return fused.works("the C compiler", lambda: library(torch.float32))
+def available(matters: bool) -> bool:
+    """Whether this machine compiles `fused_cpu.c`; one warning where it does not, if that matters: large currents are
+    trained on."""
+    with nullcontext() if matters else warnings.catch_warnings(action="ignore"):
+        return fused.works("the C compiler", lambda: library(torch.float32))
 
 
 @functools.cache

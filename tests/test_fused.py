@@ -2,9 +2,13 @@
 
 import copy
 import math
+import os
 import re
 import runpy
+import sys
 import threading
+import warnings
+from shutil import which
 from types import SimpleNamespace
 
 import pytest
@@ -110,6 +114,26 @@ def as_on_a_gpu(monkeypatch):
         yield
 
 
+def take_c():
+    """Whatever its size, STAA is computed in C."""
+    if not fused_staa_cpu.available(True):
+        pytest.skip("no C compiler")
+    fused.WORTH_COMPILING = WAYS["compiled"]
+
+
+@pytest.fixture
+def in_c():
+    take_c()
+
+
+@pytest.fixture
+def inductor():
+    """Whatever its size, what is compiled is compiled."""
+    if not fused.compiler("cpu"):
+        pytest.skip("no C++ compiler")
+    fused.WORTH_COMPILING = WAYS["compiled"]
+
+
 @few
 @given(sizes, lif_settings, st.booleans())
 def test_lif(shape, numbers, channels_last):
@@ -128,8 +152,6 @@ def test_lif_compiled(channels_last):
 
 def same_in_c(neuron, x):
     """`same`, and it was C that computed it, there and back."""
-    if not fused_staa_cpu.available():
-        pytest.skip("no C compiler")
     called, call, threads = set(), fused_staa_cpu.call, torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_staa_cpu, "call", lambda name, *rest: called.add(name) or call(name, *rest))
@@ -145,7 +167,7 @@ def same_in_c(neuron, x):
 @given(sizes, staa_settings, lif_settings, st.booleans(), st.sampled_from(
     [STAALIF, LeakySTAALIF, OwnSTAALIF, OwnLeakySTAALIF]))
 def test_staa_in_c(shape, blocks, numbers, channels_last, neuron):
-    fused.WORTH_COMPILING = WAYS["compiled"]
+    take_c()
     leaks = issubclass(neuron, LeakySTAALIF)
     settings = useful(blocks | numbers) | ({"decay": numbers["decay"]} if leaks and "decay" in numbers else {})
     neuron = shaken(neuron(shape[2], shape[0], **settings).double())
@@ -154,19 +176,17 @@ def test_staa_in_c(shape, blocks, numbers, channels_last, neuron):
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_in_c_the_pieces_meet_without_a_seam(channels_last):
+def test_in_c_the_pieces_meet_without_a_seam(channels_last, in_c):
     """Of a map with more places than are summed up at once."""
-    fused.WORTH_COMPILING = WAYS["compiled"]
     header = fused_staa_cpu.SOURCE.with_suffix(".h").read_text()
     assert 41 * 53 > 2 * max(int(n) for n in re.findall(r"#define (?:ROWS|SOME) (\d+)", header))
     same_in_c(shaken(STAALIF(3, 2).double()), current((2, 2, 3, 41, 53), channels_last=channels_last))
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_in_c_a_long_sum_stays_exact(channels_last):
+def test_in_c_a_long_sum_stays_exact(channels_last, in_c):
     """Gradients in float32 of a map with 25,000 places against those in float64. No number comes near a threshold, where
     a spike, or the rectangle's edge, would be another."""
-    fused.WORTH_COMPILING = WAYS["compiled"]
     x = 0.05 * current((2, 1, 4, 160, 160), channels_last=channels_last) + 0.7
     neuron = shaken(STAALIF(4, 2, beta=0.0))
     with torch.no_grad():
@@ -181,8 +201,7 @@ def test_in_c_a_long_sum_stays_exact(channels_last):
         assert (true - ours).abs().max() <= max(1e-5 * true.abs().max(), 2 * error), name
 
 
-def test_in_c_the_number_of_threads_changes_nothing():
-    fused.WORTH_COMPILING = WAYS["compiled"]
+def test_in_c_the_number_of_threads_changes_nothing(in_c):
     threads, found, neuron = torch.get_num_threads(), [], shaken(STAALIF(6, 3, beta=0.0))
     x = current((3, 5, 6, 40, 40), torch.float32, channels_last=True)
     try:
@@ -194,9 +213,8 @@ def test_in_c_the_number_of_threads_changes_nothing():
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-def test_in_c_only_what_fits_together_is_computed(monkeypatch):
+def test_in_c_only_what_fits_together_is_computed(monkeypatch, in_c):
     """Of a tensor of another size C would read what lies beyond it: torch says so. And each thread takes a sample."""
-    fused.WORTH_COMPILING = WAYS["compiled"]
     called, x = [], current((2, 2, 4, 3, 3), torch.float32)
     monkeypatch.setattr(fused_staa, "staa_in_c", lambda y, *_: called.append(y.shape) or y)
     for name in dict(STAALIF(4, 2).named_parameters()):
@@ -218,7 +236,7 @@ def test_in_c_only_what_fits_together_is_computed(monkeypatch):
 def test_in_c_too_little_memory_is_said(monkeypatch):
     fused.WORTH_COMPILING = WAYS["compiled"]
     monkeypatch.setattr(fused_staa_cpu, "library", lambda dtype: SimpleNamespace(staa=lambda *_: 1))
-    monkeypatch.setattr(fused_staa_cpu, "available", lambda: True)
+    monkeypatch.setattr(fused_staa_cpu, "available", lambda matters: True)
     with pytest.raises(MemoryError, match="^too little memory for a sample of 2 time steps, 4 channels and 9 places$"):
         STAALIF(4, 2)(current((2, 2, 4, 3, 3), torch.float32))
 
@@ -242,9 +260,8 @@ def test_staa_as_torch_compiles_it(neuron, blocks, channels_last, as_on_a_gpu, m
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("neuron, blocks", BLOCKS)
-def test_a_surrogate_of_its_own_with_staa_in_c(neuron, blocks, channels_last, monkeypatch):
+def test_a_surrogate_of_its_own_with_staa_in_c(neuron, blocks, channels_last, monkeypatch, in_c):
     """Its slopes of some samples after others."""
-    fused.WORTH_COMPILING = WAYS["compiled"]
     monkeypatch.setattr(fused_staa_cpu, "SLICE", 2 * 5 * 4 * 3 * 3)
     for shape in ((3, 5, 5, 4, 3), (2, 1, 1, 6, 5)):
         same_in_c(shaken(neuron(shape[2], shape[0], **blocks).double()), current(shape, channels_last=channels_last))
@@ -252,11 +269,10 @@ def test_a_surrogate_of_its_own_with_staa_in_c(neuron, blocks, channels_last, mo
 
 @pytest.mark.parametrize("slope", [lambda v: torch.ones(()), lambda v: v.new_ones(1).double(),
                                    lambda v: torch.ones_like(v.mT).mT])
-def test_with_staa_in_c_slopes_may_be_one_number_or_lie_otherwise(slope):
+def test_with_staa_in_c_slopes_may_be_one_number_or_lie_otherwise(slope, in_c):
     class Straight(STAALIF):
         surrogate = Surrogate(lambda v, a: slope(v) / a)
 
-    fused.WORTH_COMPILING = WAYS["compiled"]
     same_in_c(shaken(Straight(4, 2).double()), current((2, 2, 4, 5, 3)))
 
 
@@ -548,9 +564,11 @@ def saved_bytes(neuron, x) -> int:
 @pytest.mark.parametrize("compiler", [True, False])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_of_a_large_current_nothing_else_is_kept(channels_last, compiler, monkeypatch):
+    if compiler and not (fused.compiler("cpu") and fused_staa_cpu.available(True)):
+        pytest.skip("no compiler")
     fused.WORTH_COMPILING = 0
     monkeypatch.setattr(fused, "compiler", lambda device: compiler)
-    monkeypatch.setattr(fused_staa_cpu, "available", lambda: compiler)
+    monkeypatch.setattr(fused_staa_cpu, "available", lambda matters: compiler)
     x = current((4, 2, 16, 8, 8), torch.float32, channels_last)
     assert saved_bytes(LIF(), x) == saved_bytes(STAttenLIF(), x) == 0
     assert saved_bytes(FSTALIF(16, 4, temporal=False, spatial=False), x) == 0
@@ -569,9 +587,9 @@ def test_of_what_is_compiled_as_a_whole_nothing_else_is_kept(channels_last, as_o
 def test_of_a_small_current_the_potential_is_kept(channels_last, monkeypatch):
     """As large as the current; and of the aggregator what is smaller by far. But not in C."""
     x = current((4, 2, 16, 16, 16), torch.float32, channels_last)
-    if fused_staa_cpu.available():
+    if fused_staa_cpu.available(False):
         assert saved_bytes(STAALIF(16, 4), x) < 0.25 * x.nbytes
-    monkeypatch.setattr(fused_staa_cpu, "available", lambda: False)
+    monkeypatch.setattr(fused_staa_cpu, "available", lambda matters: False)
     assert x.nbytes <= saved_bytes(STAALIF(16, 4), x) <= 1.25 * x.nbytes
 
 
@@ -579,12 +597,12 @@ def test_of_a_small_current_the_potential_is_kept(channels_last, monkeypatch):
 def test_without_a_compiler_a_large_current_is_computed_anew(channels_last, monkeypatch):
     fused.WORTH_COMPILING = 0
     monkeypatch.setattr(fused, "compiler", lambda device: False)
-    monkeypatch.setattr(fused_staa_cpu, "available", lambda: False)
+    monkeypatch.setattr(fused_staa_cpu, "available", lambda matters: False)
     for blocks in ({}, dict(sa=False), dict(gc=False, pe_place="both", beta=0.5)):
         same(shaken(STAALIF(5, 3, **blocks).double()), current((3, 2, 5, 4, 3), channels_last=channels_last))
 
 
-def test_compiled_in_one_graph():
+def test_compiled_in_one_graph(inductor):
     """No graph break, and one kernel for all time steps of the plain neuron."""
     from torch._inductor import metrics
 
@@ -603,11 +621,9 @@ def test_compiled_in_one_graph():
         assert metrics.generated_kernel_count == 1, name
 
 
-def test_compiled_once_for_all_shapes():
+def test_compiled_once_for_all_shapes(inductor):
     """Forward and backward. A process that compiled for each shape would stop compiling at the eighth. Of the second
     shape, several sizes agree."""
-    fused.WORTH_COMPILING = 0
-    fused.compiler("cpu")  # compiles something itself
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for T, B, C, H, W in ((4, 2, 8, 6, 5), (4, 4, 16, 4, 4), (4, 5, 24, 9, 13), (4, 2, 12, 10, 3)):
@@ -784,7 +800,7 @@ def test_on_a_cpu_only_what_is_differentiated_is_compiled(neuron, monkeypatch):
     assert len(asked) > before
 
 
-def test_in_c_is_computed_what_is_large_with_a_gradient_or_without(monkeypatch):
+def test_in_c_is_computed_what_is_large_with_a_gradient_or_without(monkeypatch, in_c):
     """At its first call nothing waits for torch.compile, and it is large much sooner."""
     called, neuron, x = [], STAALIF(4, 3), current((3, 2, 4, 5, 6), torch.float32)
     call = fused_staa_cpu.call
@@ -830,9 +846,8 @@ def test_spikes_may_be_changed_in_place(neuron, way, channels_last):
     assert torch.equal(spikes, neuron(x))
 
 
-def test_torchs_settings_hold_in_every_thread():
+def test_torchs_settings_hold_in_every_thread(inductor):
     """A thread of its own, as a GPU's backward pass has, stops compiling no sooner."""
-    fused.WORTH_COMPILING = WAYS["compiled"]
     LIF()(current((2, 3)).requires_grad_())
     seen = []
 
@@ -878,16 +893,28 @@ def test_without_a_compiler(monkeypatch):
     fused.compiler.cache_clear()
 
 
+@pytest.mark.skipif(sys.platform != "linux" or os.environ.keys() & {"CC", "CXX"} or not (which("cc") and which("g++")),
+                    reason="no compiler, or another than Linux's own")
+def test_where_there_are_compilers_they_work():
+    """Or the tests of what they compile would be left out."""
+    assert fused_staa_cpu.available(True) and fused.compiler("cpu")
+
+
 def test_without_a_c_compiler(monkeypatch):
-    """Nothing waits for torch.compile then, either."""
+    """Nothing waits for torch.compile then, either; and nobody is warned who would gain little."""
     monkeypatch.setattr(torch, "compile", None)
     caches = fused_staa_cpu.available, fused_staa_cpu.library
     for cc, why in (("no-such-compiler", "No such file or directory: 'no-such-compiler'"), ("false", "non-zero exit")):
         monkeypatch.setenv("CC", cc)
         for cache in caches:
             cache.cache_clear()
-        fused.WORTH_COMPILING = 0
         x = current((2, 2, 3, 4, 5))
+        fused.WORTH_COMPILING = 64 * x.numel()
+        with warnings.catch_warnings(action="error"):
+            same(shaken(STAALIF(3, 2).double()), x)
+        fused.WORTH_COMPILING = 0
+        with warnings.catch_warnings(action="error"), torch.no_grad():
+            STAALIF(3, 2)(x.float())
         with pytest.warns(UserWarning, match=f"the C compiler does not work here .*{why}.*without it"):
             same(shaken(STAALIF(3, 2).double()), x)
         same(shaken(STAALIF(3, 2).double()), x)
