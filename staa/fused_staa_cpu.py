@@ -41,14 +41,14 @@ RULE = ("v_th", "v_reset", "half", "height", "through", "leak", "rest", "alpha",
 COLUMNS = {"context": "C", "hat": "J", "n": "J", "added": "C", "mean": "C", "pool": "C", "hidden": "H", "p": "C",
            "slope": "C", "dexcite": "C", "dsqueeze": "H", "dvalue": "C", "dn": "J", "dq": "J", "dkey": "C",
            "doutput": "C", "dmembrane": "C", "dinput": "C", "dmean": "C", "scale": "1"}
-#: So many numbers of potentials, and of slopes, are at hand at once.
-SLICE = 2 ** 18
-#: As many times smaller than what is worth compiling by torch may a current be: C is compiled in a second.
-SMALLER = 512
-
 #: The gradient of a linear layer is a product of two columns.
 PRODUCTS = {"gc.query": ("dq", "context"), "gc.value": ("dvalue", "n"), "sa.squeeze": ("dsqueeze", "pool"),
             "sa.excite": ("dexcite", "hidden")}
+
+#: A current may be so many times smaller than one that is worth compiling by torch: C is compiled in a second.
+SMALLER = 512
+#: So many numbers of potentials, and of slopes, are at hand at once.
+SLICE = 2 ** 18
 
 
 def in_c(x: Tensor, surrogate: Surrogate, parameters: dict[str, Tensor]) -> bool:
