@@ -5,7 +5,7 @@ A neuron is limited by memory traffic: for the backward pass of a large current 
 computed anew. There are three ways: functions written by hand, for the STAA neuron on a CPU in C, and for it and LIF
 on a GPU, with the paper's surrogate, in Triton; elsewhere the equations compiled (Inductor, Triton); and, where
 there is no compiler or nothing to gain by it, operators in place. (One difference: where a potential is NaN or
-infinite, it and its gradients are NaN after the reset in the equations, and may be 0 here.)
+infinite, it and its gradients are NaN after the reset in the equations; here they may be 0, or NaN before it.)
 
 `staa.fused.enabled = False`, or STAA_FUSED=0 in the environment, switches all off. Membrane potentials are float32 for
 currents of lower precision, and of the current's type otherwise.

@@ -1,7 +1,7 @@
 """The STAA neuron on a CPU, by hand, in C: `fused_cpu.c`. What it computes stands in `attention.py`; it is tested
 against that. It takes one sample after another, so that what is between lies in the cache: where an operator goes over
-the whole batch, a neuron waits for memory. The machine's C compiler takes a second for it, torch.compile a minute. A
-surrogate that is the reader's own is computed by torch, of some samples after others.
+the whole batch, a neuron waits for memory. The machine's C compiler takes a second for it, torch.compile a minute. The
+gradient of a surrogate that is the reader's own is computed by torch, of some samples after others.
 """
 
 import ctypes
@@ -26,9 +26,9 @@ from .surrogate import RECTANGLE, Surrogate, at_the_threshold
 
 SOURCE = Path(__file__).with_name("fused_cpu.c")
 #: Without the last three a product and a sum would be rounded as one, and choices would not be made for many numbers at
-#: once. -O3 takes twice as long to compile, and makes nothing faster.
-FLAGS = ("-O2 -ftree-vectorize -fvect-cost-model=dynamic -march=native -fopenmp -fPIC -ffp-contract=off "
-         "-fno-math-errno -fno-trapping-math").split()
+#: once. -O3 takes longer to compile, and makes nothing faster.
+FLAGS = ("-O2 -ftree-vectorize -march=native -fopenmp -fPIC -ffp-contract=off -fno-math-errno "
+         "-fno-trapping-math").split()
 REALS: dict[torch.dtype, tuple[str, Any]] = {torch.float32: ("float", ctypes.c_float),
                                              torch.float64: ("double", ctypes.c_double)}
 #: As in fused_cpu.c: the fields of its structures, with the shapes of parameters and the sizes in a row.
@@ -53,8 +53,8 @@ SLICE = 2 ** 18
 
 def in_c(x: Tensor, surrogate: Surrogate, parameters: dict[str, Tensor]) -> bool:
     """Whether the current x (T, B, C, H, W) is computed in C: where there are samples for half of the threads, which
-    are then faster than all of them in place, and nobody counts torch's operators. Addresses are handed over, so what
-    does not fit together is left to torch, which says so."""
+    are then faster than all of them in place, the neuron fires at its threshold, and nobody counts torch's operators.
+    Addresses are handed over, so what does not fit together, or is not there, is left to torch, which says so."""
     small = x.numel() * SMALLER < fused.WORTH_COMPILING or 2 * x.shape[1] < torch.get_num_threads()
     if small or is_in_torch_dispatch_mode():
         return False
@@ -62,7 +62,9 @@ def in_c(x: Tensor, surrogate: Surrogate, parameters: dict[str, Tensor]) -> bool
     fits = all(type(p) in (Tensor, nn.Parameter) and p.device == x.device and p.dim() == len(shape)
                and all(n == sizes[size] for n, size in zip(p.shape, shape))
                for p, shape in ((p, PARAMETERS.get(name, "1")) for name, p in parameters.items()))
-    return (surrogate.fires is at_the_threshold and x.is_cpu and not fused.on_gpu(x) and fits
+    blocks = {name[:3] for name in parameters}
+    whole = all(name in parameters for name in PARAMETERS if name[:3] in blocks & {"gc.", "sa."})
+    return (surrogate.fires is at_the_threshold and x.is_cpu and not fused.on_gpu(x) and fits and whole
             and available(torch.is_grad_enabled() and fused.is_large(x, x.shape[2])))
 
 
@@ -152,7 +154,7 @@ def slopes_of(x: Tensor, samples: tuple[int, int], how: tuple, spike: tuple,
         return None
     v_th, u = how[-1][0], x.new_empty(len(x), samples[1] - samples[0], *x.shape[2:])
     call("staa", x, samples, how, parameters, (None, u))
-    return surrogate.gradient(u.sub_(v_th), *settings).to(x.dtype).expand_as(u).contiguous()
+    return torch.as_tensor(surrogate.gradient(u.sub_(v_th), *settings), dtype=x.dtype).expand_as(u).contiguous()
 
 
 def gradient(name: str, r: dict[str, Tensor]) -> Tensor:

@@ -224,6 +224,12 @@ def test_in_c_only_what_fits_together_is_computed(monkeypatch, in_c):
         setattr(neuron.get_submodule(block), parameter, torch.nn.Parameter(torch.cat([wrong] * 3)))
         with pytest.raises(RuntimeError):
             neuron(x)
+    for name in ("gc.value.bias", "gc.norm.bias", "sa.squeeze.bias", "sa.excite.bias"):  # of NULL it would read, too
+        neuron = STAALIF(4, 2)
+        block, _, parameter = name.rpartition(".")
+        setattr(neuron.get_submodule(block), parameter, None)
+        with pytest.raises(KeyError):
+            neuron(x)
     assert called == []
     STAALIF(4, 2)(x)
     assert called == [(2, 2, 4, 9)]
@@ -267,7 +273,7 @@ def test_a_surrogate_of_its_own_with_staa_in_c(neuron, blocks, channels_last, mo
         same_in_c(shaken(neuron(shape[2], shape[0], **blocks).double()), current(shape, channels_last=channels_last))
 
 
-@pytest.mark.parametrize("slope", [lambda v: torch.ones(()), lambda v: v.new_ones(1).double(),
+@pytest.mark.parametrize("slope", [lambda v: 1.0, lambda v: torch.ones(()), lambda v: v.new_ones(1).double(),
                                    lambda v: torch.ones_like(v.mT).mT])
 def test_with_staa_in_c_slopes_may_be_one_number_or_lie_otherwise(slope, in_c):
     class Straight(STAALIF):
