@@ -151,16 +151,18 @@ def test_lif_compiled(channels_last):
 
 
 def same_in_c(neuron, x):
-    """`same`, and it was C that computed it, there and back."""
-    called, call, threads = set(), fused_staa_cpu.call, torch.get_num_threads()
+    """`same`, and it was C that computed it, there and back; for slopes of torch, the potentials of each piece before."""
+    called, call, threads = [], fused_staa_cpu.call, torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_staa_cpu, "call", lambda name, *rest: called.add(name) or call(name, *rest))
+        patch.setattr(fused_staa_cpu, "call", lambda name, *rest: called.append(name) or call(name, *rest))
         try:
             torch.set_num_threads(1)  # or some samples would be too few
             same(neuron, x)
+            pieces = len(list(fused_staa_cpu.pieces(x, neuron.surrogate)))
         finally:
             torch.set_num_threads(threads)
-    assert called == {"staa", "staa_backward"}
+    own = neuron.surrogate is not RECTANGLE
+    assert called == ["staa", *["staa"] * own, "staa_backward"] + ["staa", "staa_backward"] * (pieces - 1)
 
 
 @few
@@ -269,6 +271,7 @@ def test_staa_as_torch_compiles_it(neuron, blocks, channels_last, as_on_a_gpu, m
 def test_a_surrogate_of_its_own_with_staa_in_c(neuron, blocks, channels_last, monkeypatch, in_c):
     """Its slopes of some samples after others."""
     monkeypatch.setattr(fused_staa_cpu, "SLICE", 2 * 5 * 4 * 3 * 3)
+    assert list(fused_staa_cpu.pieces(torch.empty(3, 5, 5, 4, 3), neuron.surrogate))[-1][0] > 0, "more than one piece"
     for shape in ((3, 5, 5, 4, 3), (2, 1, 1, 6, 5)):
         same_in_c(shaken(neuron(shape[2], shape[0], **blocks).double()), current(shape, channels_last=channels_last))
 

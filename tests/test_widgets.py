@@ -19,7 +19,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from staa import records, sliders
+from staa import fused_staa_cpu, records, sliders
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -231,7 +231,9 @@ def boards(page, lab, last: str):
     page.get_by_text("Run All Cells", exact=True).click()
     page.locator(".jp-OutputArea-output", has_text=re.compile(last)).wait_for(timeout=120_000)
     errors = page.locator(".jp-OutputArea-output[data-mime-type*='stderr']")
-    assert not errors.filter(has_not_text="the C compiler does not work here").count()
+    if not fused_staa_cpu.available(False):  # which the notebook that trains says once
+        errors = errors.filter(has_not_text="the C compiler does not work here")
+    assert not errors.count()
     return page.locator(".jp-OutputArea-output > .widget-vbox, .jp-OutputArea-output .lm-Panel > .widget-vbox")
 
 
